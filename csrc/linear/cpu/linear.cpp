@@ -1,0 +1,118 @@
+// Linear layer on the packed GEMM.
+//
+// FLOPs: 2 M N K forward, 4 M N K backward. Bytes: each operand once from memory, packed B once more.
+// Numerics: products and sums in fp32, one chain over K per output (linear.h's row invariance follows from gemm.h);
+//   bf16 operands are multiplied as bf16; dweight is rounded once, from its fp32 sum.
+// Determinism: no value is summed by more than one thread.
+#include "linear/linear.h"
+
+#include "core/matmul.h"
+
+namespace foldscan::FOLDSCAN_ISA::linear {
+namespace {
+
+using namespace foldscan::linear;
+
+template <class T>
+void add_bias_store(const float* row, const float* bias, int64_t n, int64_t count, T* out) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    VF v = load_upto(row + i, count - i);
+    if (bias) v = v + load_upto(bias + n + i, count - i);
+    store_upto(v, out + i, count - i);
+  }
+}
+
+// X: type of x, out and the multiplication; W: type of the weight.
+template <class X, class W>
+void run_forward(const Forward& p) {
+  Scratch scratch;
+  const X* packed = static_cast<const X*>(p.packed);
+  if (!packed) {
+    X* own = scratch.get<X>(b_packed_size<X>(p.K, p.N));
+    pack_b_parallel(static_cast<const W*>(p.weight), 1, p.weight_stride, p.K, p.N, own);
+    packed = own;
+  }
+  X* out = static_cast<X*>(p.out);
+  matmul<X>(p.M, p.N, p.K, StridedRows<X, X>{static_cast<const X*>(p.x), p.x_stride, 1}, packed,
+            [&](int64_t m, int64_t n, const float* row, int64_t count) {
+              add_bias_store(row, p.bias, n, count, out + m * p.N + n);
+            });
+}
+
+template <class X, class W>
+void run_backward(const Backward& p) {
+  const X* dout = static_cast<const X*>(p.dout);
+  if (p.dx) {  // dx (M, K) = dout (M, N) weight (N, K)
+    Scratch scratch;
+    X* packed = scratch.get<X>(b_packed_size<X>(p.N, p.K));
+    pack_b_parallel(static_cast<const W*>(p.weight), p.weight_stride, 1, p.N, p.K, packed);
+    X* dx = static_cast<X*>(p.dx);
+    matmul<X>(
+        p.M, p.K, p.N, StridedRows<X, X>{dout, p.N, 1}, packed,
+        [&](int64_t m, int64_t k, const float* row, int64_t count) { copy_row(row, count, dx + m * p.K + k, count); });
+  }
+  if (p.dweight) {  // dweight (N, K) = dout^T (N, M) x (M, K)
+    Scratch scratch;
+    X* packed = scratch.get<X>(b_packed_size<X>(p.M, p.K));
+    pack_b_parallel(static_cast<const X*>(p.x), p.x_stride, 1, p.M, p.K, packed);
+    W* dweight = static_cast<W*>(p.dweight);
+    matmul<X>(p.N, p.K, p.M, StridedRows<X, X>{dout, 1, p.N}, packed,
+              [&](int64_t n, int64_t k, const float* row, int64_t count) {
+                copy_row(row, count, dweight + n * p.K + k, count);
+              });
+  }
+  if (p.dbias) {
+    parallel_for(ceil_div(p.N, kLanes), grain_for(p.M), [&](int64_t i) {
+      const int64_t n = i * kLanes;
+      VF sum = VF::zero();
+      for (int64_t m = 0; m < p.M; ++m) sum = sum + load_upto(dout + m * p.N + n, p.N - n);
+      store_upto(sum, p.dbias + n, p.N - n);
+    });
+  }
+}
+
+template <class T>
+void run_pack(const Pack& p) {
+  T* dst = static_cast<T*>(p.packed);
+  if (p.weight_type == DType::kF32) {
+    pack_b_parallel(static_cast<const float*>(p.weight), 1, p.weight_stride, p.K, p.N, dst);
+  } else {
+    pack_b_parallel(static_cast<const bf16*>(p.weight), 1, p.weight_stride, p.K, p.N, dst);
+  }
+}
+
+}  // namespace
+
+void forward(const Forward& p) {
+  if (p.x_type == DType::kF32) {
+    run_forward<float, float>(p);
+  } else if (p.weight_type == DType::kF32) {
+    run_forward<bf16, float>(p);
+  } else {
+    run_forward<bf16, bf16>(p);
+  }
+}
+
+void backward(const Backward& p) {
+  if (p.x_type == DType::kF32) {
+    run_backward<float, float>(p);
+  } else if (p.weight_type == DType::kF32) {
+    run_backward<bf16, float>(p);
+  } else {
+    run_backward<bf16, bf16>(p);
+  }
+}
+
+void pack(const Pack& p) {
+  if (p.type == DType::kF32) {
+    run_pack<float>(p);
+  } else {
+    run_pack<bf16>(p);
+  }
+}
+
+void packed_bytes(const PackedBytes& p) {
+  *p.bytes = p.type == DType::kF32 ? 4 * b_packed_size<float>(p.K, p.N) : 2 * b_packed_size<bf16>(p.K, p.N);
+}
+
+}  // namespace foldscan::FOLDSCAN_ISA::linear

@@ -1,0 +1,118 @@
+"""Linear layers on foldscan's own micro-kernels."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from foldscan.ops import _checks
+from foldscan.ops._backend import use_native
+from foldscan.ops._library import compute_dtype, is_recording, kernels, register
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ weight.T + bias``, with the same bits for a row whatever the number of rows or threads.
+
+    Args:
+        x: (..., in), fp32, bf16, fp16 or fp64. Inside ``torch.autocast`` it is cast to the autocast dtype.
+        weight: (out, in), x's dtype, or fp32 beside a bf16 x: it is rounded to bf16 while it is packed, no copy is kept,
+            and its gradient comes back in fp32.
+        bias: (out) or None.
+
+    Returns:
+        (..., out), in the dtype of the (cast) x. Products are accumulated in fp32, in the order of ``in``.
+
+    Without gradients the packed weight is cached (as large as the weight) until the weight is changed or freed.
+
+    Raises:
+        TypeError: wrong dtypes. ValueError: wrong shapes.
+    """
+    _checks.tensor("x", x)
+    _checks.tensor("weight", weight, dims=2)
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}, want (..., {weight.shape[1]}) for weight {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        _checks.tensor("bias", bias)
+        _checks.shape("bias", bias, weight.shape[0])
+    dtype = compute_dtype(x)
+    x = x.to(dtype)
+    if not use_native(x, weight, bias):
+        return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+    if dtype == torch.float16:
+        return linear(x.float(), weight.float(), bias).to(dtype)
+    if weight.dtype not in (dtype, torch.float32):
+        raise TypeError(f"weight: got dtype {weight.dtype}, want {dtype} as x has (or float32)")
+    if bias is not None:
+        bias = bias.float()
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    if _may_cache(rows, weight, bias):
+        out = kernels.linear_packed(rows, _packed(weight, dtype), weight.shape[0], weight.shape[1], bias)
+    else:
+        out = kernels.linear(rows, weight, bias)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+# Packed weights by the id of the weight: (weak reference, version, dtype, packed).
+_cache: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.dtype, torch.Tensor]] = {}
+
+
+def _may_cache(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    if is_recording() or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    ):
+        return False
+    # An inference tensor has no version counter, a subclass may not be what it seems: do not guess.
+    return type(weight) in (torch.Tensor, torch.nn.Parameter) and not weight.is_inference() and x.device.type == "cpu"
+
+
+def _packed(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    key = id(weight)
+    hit = _cache.get(key)
+    if hit is not None and hit[0]() is weight and hit[1] == weight._version and hit[2] == dtype:
+        return hit[3]
+    packed = kernels.linear_pack(weight, dtype == torch.bfloat16)
+    reference = weakref.ref(weight, lambda _: _cache.pop(key, None))
+    _cache[key] = (reference, weight._version, dtype, packed)
+    return packed
+
+
+def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    grads = kernels.linear_backward(dout.contiguous(), x, weight, *needs)
+    return tuple(g if need else None for g, need in zip(grads, needs))
+
+
+def _fake_backward(
+    dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, need_dx: bool, need_dweight: bool, need_dbias: bool
+) -> tuple[torch.Tensor, ...]:
+    n, k = weight.shape
+    return (
+        x.new_empty(x.shape[0] if need_dx else 0, k),
+        weight.new_empty(n if need_dweight else 0, k),
+        x.new_empty(n if need_dbias else 0, dtype=torch.float32),
+    )
+
+
+register("linear", _fake, _setup, _backward)
+register("linear_backward", _fake_backward)
+register("linear_packed", lambda x, packed, N, K, bias: x.new_empty(x.shape[0], N))

@@ -1,0 +1,98 @@
+// GEMM, packing and matmul against a double loop; row invariance bit for bit.
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "core/matmul.h"
+
+namespace foldscan::FOLDSCAN_ISA {
+namespace {
+
+template <class T>
+std::vector<T> random_values(int64_t n, unsigned seed) {
+  std::mt19937 gen(seed);
+  std::normal_distribution<float> normal;
+  std::vector<T> v(static_cast<size_t>(n));
+  for (auto& x : v) x = from_float<T>(normal(gen));
+  return v;
+}
+
+// Each layout of B (rows or columns contiguous), each layout of A, against fp64; then the last row alone.
+template <class T>
+void check_matmul(int64_t M, int64_t N, int64_t K, bool b_cols, bool a_cols) {
+  const auto a = random_values<T>(M * K, 1), b = random_values<T>(K * N, 2);
+  std::vector<T> packed(static_cast<size_t>(b_packed_size<T>(K, N)));
+  pack_b_parallel(b.data(), b_cols ? 1 : N, b_cols ? K : 1, K, N, packed.data());
+  std::vector<float> c(static_cast<size_t>(M * N), -1.0f), row(static_cast<size_t>(N), -1.0f);
+  const StridedRows<T, T> rows{a.data(), a_cols ? 1 : K, a_cols ? M : 1};
+  matmul<T>(M, N, K, rows, packed.data(), [&](int64_t m, int64_t n, const float* r, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) c[static_cast<size_t>(m * N + n + i)] = r[i];
+  });
+  double worst = 0;
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t n = 0; n < N; ++n) {
+      double sum = 0, scale = 1e-30;
+      for (int64_t k = 0; k < K; ++k) {
+        const double x = to_float(a[static_cast<size_t>(a_cols ? k * M + m : m * K + k)]);
+        const double y = to_float(b[static_cast<size_t>(b_cols ? n * K + k : k * N + n)]);
+        sum += x * y;
+        scale += std::fabs(x * y);
+      }
+      worst = std::fmax(worst, std::fabs(sum - c[static_cast<size_t>(m * N + n)]) / scale);
+    }
+  CHECK(worst < 2e-6, "M %ld N %ld K %ld b_cols %d a_cols %d: error %g", long(M), long(N), long(K), b_cols, a_cols,
+        worst);
+
+  const int64_t last = M - 1;
+  const StridedRows<T, T> one{a.data() + (a_cols ? last : last * K), a_cols ? 1 : K, a_cols ? M : 1};
+  matmul<T>(1, N, K, one, packed.data(), [&](int64_t, int64_t n, const float* r, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) row[static_cast<size_t>(n + i)] = r[i];
+  });
+  CHECK(std::memcmp(row.data(), c.data() + last * N, static_cast<size_t>(N) * 4) == 0,
+        "M %ld N %ld K %ld: the last row alone has other bits", long(M), long(N), long(K));
+}
+
+template <class T>
+void check_shapes() {
+  const int64_t shapes[][3] = {{1, 1, 1},  {1, 64, 64},   {7, 13, 1},    {6, 64, 127},
+                               {5, 65, 2}, {97, 33, 515}, {13, 257, 64}, {100, 130, 1031}};
+  for (const auto& s : shapes)
+    for (int layout = 0; layout < 4; ++layout) check_matmul<T>(s[0], s[1], s[2], layout & 1, layout & 2);
+}
+
+void check_transpose() {
+  VF r[kLanes];
+  for (int i = 0; i < kLanes; ++i) r[i] = VF::iota() + VF::set(static_cast<float>(100 * i));
+  transpose(r);
+  int wrong = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    float row[kLanes];
+    r[i].store(row);
+    for (int j = 0; j < kLanes; ++j) wrong += row[j] != static_cast<float>(100 * j + i);
+  }
+  CHECK(wrong == 0, "%d wrong elements", wrong);
+}
+
+void check_bf16_rounding() {
+  // Ties to even, overflow to infinity, NaN stays NaN: the vector and the scalar conversion agree.
+  const float cases[] = {1.0f, 1.00390625f, 1.01171875f, -1.00390625f, 3.4e38f, -3.4e38f, INFINITY, NAN, 0.0f, 1e-3f};
+  for (float x : cases) {
+    bf16 v[kLanes];
+    VF::set(x).store(v);
+    const bf16 s = to_bf16(x);
+    const bool same = v[0].bits == s.bits || (std::isnan(to_float(v[0])) && std::isnan(x));
+    CHECK(same, "%g: %04x, scalar %04x", double(x), v[0].bits, s.bits);
+  }
+}
+
+}  // namespace
+}  // namespace foldscan::FOLDSCAN_ISA
+
+void run_gemm_tests() {
+  using namespace foldscan::FOLDSCAN_ISA;
+  check_transpose();
+  check_bf16_rounding();
+  check_shapes<float>();
+  check_shapes<foldscan::bf16>();
+}
