@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ class HybridConfig:
         router_bias_rate: how far `HybridLM.update_router_bias` moves the score correction a step.
         max_position_embeddings: longest sequence the model is meant for.
         initializer_range: standard deviation of normal initialisation.
-        rescale_residual: residual output projections are divided by sqrt(2 * layers).
+        rescale_residual: the projections that write to the residual stream start divided by sqrt(layers), a letter being
+            one addition to the stream.
         bos_token_id, eos_token_id: for generation.
     """
 
@@ -100,7 +101,6 @@ class HybridConfig:
     rescale_residual: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         limit = self.time_step_limit
@@ -215,10 +215,9 @@ class HybridConfig:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dictionary: ``model_type`` and all fields; an infinite time step limit is written as null."""
         values = dataclasses.asdict(self)
-        extra = values.pop("extra")
         low, high = self.time_step_limit
         values["time_step_limit"] = [low, None if math.isinf(high) else high]
-        return {"model_type": MODEL_TYPE, **values, **({"extra": extra} if extra else {})}
+        return {"model_type": MODEL_TYPE, **values}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: object = "config") -> HybridConfig:
@@ -286,10 +285,8 @@ def _check_type(name: str, value: Any, annotation: str, where: object) -> None:
         good = isinstance(value, str)
     elif base == "int | list[int]":
         good = isinstance(value, int) or (isinstance(value, list) and all(isinstance(v, int) for v in value))
-    elif base.startswith("tuple"):
-        good = isinstance(value, (list, tuple)) and all(v is None or isinstance(v, (int, float)) for v in value)
     else:
-        good = isinstance(value, dict)
+        good = isinstance(value, (list, tuple)) and all(v is None or isinstance(v, (int, float)) for v in value)
     if not good:
         raise FormatError(f"{where}: field {name!r} is {value!r}, want {annotation}")
 

@@ -1,0 +1,339 @@
+"""Other people's model formats as layouts of the same blocks: config fields and tensor names, in both directions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from foldscan.models.config import MODEL_TYPE, HybridConfig
+from foldscan.models.files import FormatError, want_field
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one of our tensors comes from: one tensor, or several to be stacked along a new first axis."""
+
+    names: tuple[str, ...]
+    stacked: bool = False
+
+
+class Layout(Protocol):
+    """A format: how its ``config.json`` maps to `HybridConfig`, and its tensor names to ours."""
+
+    model_type: str
+
+    def read_config(self, values: dict[str, Any], where: object) -> HybridConfig: ...
+
+    def write_config(self, config: HybridConfig) -> dict[str, Any]: ...
+
+    def sources(self, name: str, config: HybridConfig) -> list[Source]: ...
+
+    def ignores(self, name: str) -> bool: ...
+
+
+class CannotExpress(ValueError):
+    """The format has no words for this model. The message names the field."""
+
+
+def _refuse(field: str, value: object, want: object, format_name: str) -> None:
+    raise CannotExpress(f"{field}: got {value!r}, but the {format_name} format only has {want!r}")
+
+
+def _require(values: dict[str, Any], field: str, allowed: tuple[object, ...], where: object) -> None:
+    value = values.get(field, allowed[0])
+    if value not in allowed:
+        raise FormatError(f"{where}: field {field!r} is {value!r}, want {' or '.join(map(repr, allowed))}")
+
+
+def _number(value: Any, field: str, where: object) -> float:
+    """A JSON number; transformers writes infinity as {"__float__": "Infinity"}."""
+    if isinstance(value, dict) and "__float__" in value:
+        value = value["__float__"]
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise FormatError(f"{where}: field {field!r} is {value!r}, want a number") from None
+
+
+class Native:
+    """Our own: every model, every field."""
+
+    model_type = MODEL_TYPE
+
+    def read_config(self, values: dict[str, Any], where: object) -> HybridConfig:
+        return HybridConfig.from_dict({k: v for k, v in values.items() if k != "architectures"}, where)
+
+    def write_config(self, config: HybridConfig) -> dict[str, Any]:
+        return {"architectures": ["HybridLM"], **config.to_dict()}
+
+    def sources(self, name: str, config: HybridConfig) -> list[Source]:
+        return [Source((name,))]
+
+    def ignores(self, name: str) -> bool:
+        return False
+
+
+_KIND_OF_TYPE = {
+    "linear_attention": "M",
+    "mamba": "M",
+    "full_attention": "*",
+    "attention": "*",
+    "mlp": "-",
+    "moe": "E",
+}
+_TYPE_OF_KIND = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+
+
+class NemotronH:
+    """``nemotron_h`` of transformers, the format of Nemotron-H, Nemotron Nano 2 and Nemotron 3."""
+
+    model_type = "nemotron_h"
+
+    def read_config(self, values: dict[str, Any], where: object) -> HybridConfig:
+        _require(values, "mamba_hidden_act", ("silu",), where)
+        _require(values, "mlp_hidden_act", ("relu2",), where)
+        types = values.get("layers_block_type") or values.get("layer_types")
+        if isinstance(types, list):
+            unknown = [t for t in types if t not in _KIND_OF_TYPE]
+            if unknown:
+                raise FormatError(f"{where}: field 'layers_block_type' has {unknown[0]!r}, want {sorted(_TYPE_OF_KIND)}")
+            pattern = "".join(_KIND_OF_TYPE[t] for t in types)
+        else:
+            pattern = want_field(values, "hybrid_override_pattern", str, where)
+        if "E" in pattern:
+            _require(values, "mlp_bias", (False,), where)
+        integer = (int,)
+
+        def get(field: str, default: int) -> int:
+            return want_field(values, field, integer, where) if field in values else default
+
+        groups = get("n_group", 1)
+        low, high = values.get("time_step_limit") or (0.0, math.inf)
+        dt_min = _number(values.get("time_step_min", 1e-3), "time_step_min", where)
+        fields: dict[str, Any] = {
+            "pattern": pattern,
+            "vocab_size": want_field(values, "vocab_size", integer, where),
+            "hidden_size": want_field(values, "hidden_size", integer, where),
+            "norm_eps": _number(values.get("layer_norm_epsilon", 1e-5), "layer_norm_epsilon", where),
+            "mamba_num_heads": get("mamba_num_heads", 128),
+            "mamba_head_dim": get("mamba_head_dim", 64),
+            "mamba_num_groups": get("n_groups", 8),
+            "state_size": get("ssm_state_size", 128),
+            "conv_kernel": get("conv_kernel", 4),
+            "conv_bias": bool(values.get("use_conv_bias", True)),
+            "mamba_bias": bool(values.get("use_bias", False)),
+            # Our own files write 0 here when nothing is clamped (see write_config); it is no starting value for dt.
+            "time_step_min": dt_min if dt_min > 0 else 1e-3,
+            "time_step_max": _number(values.get("time_step_max", 0.1), "time_step_max", where),
+            "time_step_floor": _number(values.get("time_step_floor", 1e-4), "time_step_floor", where),
+            "time_step_limit": (
+                _number(low, "time_step_limit", where),
+                _number(high, "time_step_limit", where),
+            ),
+            "num_heads": get("num_attention_heads", 32),
+            "num_kv_heads": get("num_key_value_heads", 8),
+            "head_dim": get("head_dim", 128),
+            "sliding_window": values.get("sliding_window"),
+            "intermediate_size": get("intermediate_size", 21504),
+            "mlp_bias": bool(values.get("mlp_bias", False)),
+            "num_experts": get("n_routed_experts", 8),
+            "experts_per_token": get("num_experts_per_tok", 2),
+            "moe_intermediate_size": get("moe_intermediate_size", 7688),
+            "shared_expert_intermediate_size": get("moe_shared_expert_intermediate_size", 7688),
+            "moe_latent_size": values.get("moe_latent_size"),
+            "router_score": "sigmoid",
+            "router_bias": True,
+            "router_groups": groups if groups > 1 else None,
+            "router_groups_topk": get("topk_group", 1) if groups > 1 else None,
+            "router_scaling": _number(values.get("routed_scaling_factor", 1.0), "routed_scaling_factor", where),
+            "router_normalize": bool(values.get("norm_topk_prob", True)),
+            "max_position_embeddings": get("max_position_embeddings", 4096),
+            "initializer_range": _number(values.get("initializer_range", 0.02), "initializer_range", where),
+            "rescale_residual": bool(values.get("rescale_prenorm_residual", True)),
+            "bos_token_id": values.get("bos_token_id"),
+            "eos_token_id": values.get("eos_token_id"),
+        }
+        return HybridConfig.from_dict(fields, where)
+
+    def write_config(self, config: HybridConfig) -> dict[str, Any]:
+        c, name = config, "nemotron_h"
+        if "*" in c.pattern and c.rope_theta is not None:
+            _refuse("rope_theta", c.rope_theta, None, name)
+        if "*" in c.pattern and c.attention_bias:
+            _refuse("attention_bias", True, False, name)
+        if "-" in c.pattern and c.mlp_activation != "relu2":
+            _refuse("mlp_activation", c.mlp_activation, "relu2", name)
+        if "M" in c.pattern and not math.isinf(c.time_step_limit[1]):
+            _refuse("time_step_limit", c.time_step_limit, "no upper limit", name)
+        values: dict[str, Any] = {
+            "architectures": ["NemotronHForCausalLM"],
+            "model_type": self.model_type,
+            "dtype": "float32",
+            "layers_block_type": [_TYPE_OF_KIND[k] for k in c.pattern],
+            "vocab_size": c.vocab_size,
+            "hidden_size": c.hidden_size,
+            "tie_word_embeddings": False,
+            "layer_norm_epsilon": c.norm_eps,
+            "mamba_num_heads": c.mamba_num_heads,
+            "mamba_head_dim": c.mamba_head_dim,
+            "n_groups": c.mamba_num_groups,
+            "ssm_state_size": c.state_size,
+            "conv_kernel": c.conv_kernel,
+            "use_conv_bias": c.conv_bias,
+            "use_bias": c.mamba_bias,
+            "mamba_proj_bias": c.mamba_bias,
+            # transformers clamps dt from below at time_step_min and does not read time_step_limit.
+            "time_step_min": c.time_step_limit[0],
+            "time_step_max": c.time_step_max,
+            "time_step_floor": c.time_step_floor,
+            "time_step_limit": [c.time_step_limit[0], {"__float__": "Infinity"}],
+            "num_attention_heads": c.num_heads,
+            "num_key_value_heads": c.num_kv_heads,
+            "head_dim": c.head_dim,
+            "sliding_window": c.sliding_window,
+            "intermediate_size": c.intermediate_size,
+            "mlp_hidden_act": "relu2",
+            "mlp_bias": c.mlp_bias,
+            "max_position_embeddings": c.max_position_embeddings,
+            "initializer_range": c.initializer_range,
+            "rescale_prenorm_residual": c.rescale_residual,
+            "bos_token_id": c.bos_token_id,
+            "eos_token_id": c.eos_token_id,
+            "pad_token_id": None,
+        }
+        if "E" not in c.pattern:
+            return values
+        for field, value, want in (
+            ("moe_activation", c.moe_activation, "relu2"),
+            ("router_score", c.router_score, "sigmoid"),
+            ("router_bias", c.router_bias, True),
+            ("mlp_bias", c.mlp_bias, False),
+        ):
+            if value != want:
+                _refuse(field, value, want, name)
+        if not c.shared_expert_intermediate_size:
+            _refuse("shared_expert_intermediate_size", 0, "a shared expert", name)
+        values.update(
+            n_routed_experts=c.num_experts,
+            num_experts_per_tok=c.experts_per_token,
+            moe_intermediate_size=c.moe_intermediate_size,
+            moe_shared_expert_intermediate_size=c.shared_expert_intermediate_size,
+            moe_latent_size=c.moe_latent_size,
+            n_shared_experts=1,
+            n_group=c.router_groups or 1,
+            topk_group=c.router_groups_topk or 1,
+            routed_scaling_factor=c.router_scaling,
+            norm_topk_prob=c.router_normalize,
+        )
+        return values
+
+    def sources(self, name: str, config: HybridConfig) -> list[Source]:
+        if name.startswith("lm_head."):
+            return [Source((name,))]
+        found = []
+        for prefix in ("backbone.", "model."):  # on the hub and as saved; in memory
+            stem, dot, matrix = name.rpartition(".experts.")
+            if dot and ".shared_experts." not in name:
+                each = tuple(f"{prefix}{stem}.experts.{e}.{matrix}.weight" for e in range(config.num_experts))
+                found.append(Source(each, stacked=True))
+            found.append(Source((prefix + name,)))
+        return found
+
+    def ignores(self, name: str) -> bool:
+        return name.startswith("mtp.")  # the multi-token prediction head of Nemotron 3 is not part of the model proper
+
+
+_LLAMA_BLOCK = {
+    "*": {
+        "norm": "input_layernorm",
+        **{f"mixer.{p}_proj": f"self_attn.{p}_proj" for p in ("q", "k", "v", "o")},
+    },
+    "-": {"norm": "post_attention_layernorm", **{f"mixer.{p}_proj": f"mlp.{p}_proj" for p in ("gate", "up", "down")}},
+}
+
+
+class Llama:
+    """``llama`` of transformers (SmolLM2 too): the pattern ``*-`` repeated, rotary embedding, SwiGLU."""
+
+    model_type = "llama"
+
+    def read_config(self, values: dict[str, Any], where: object) -> HybridConfig:
+        _require(values, "hidden_act", ("silu",), where)
+        _require(values, "mlp_bias", (False, None), where)
+        _require(values, "pretraining_tp", (1, None), where)
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise FormatError(f"{where}: field 'rope_type' is {kind!r}, want 'default'")
+        theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+        heads = want_field(values, "num_attention_heads", int, where)
+        hidden = want_field(values, "hidden_size", int, where)
+        fields: dict[str, Any] = {
+            "pattern": "*-" * want_field(values, "num_hidden_layers", int, where),
+            "vocab_size": want_field(values, "vocab_size", int, where),
+            "hidden_size": hidden,
+            "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+            "norm_eps": _number(values.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
+            "num_heads": heads,
+            "num_kv_heads": values.get("num_key_value_heads") or heads,
+            "head_dim": values.get("head_dim") or hidden // heads,
+            "attention_bias": bool(values.get("attention_bias", False)),
+            "rope_theta": _number(theta, "rope_theta", where),
+            "intermediate_size": want_field(values, "intermediate_size", int, where),
+            "mlp_activation": "silu",
+            "max_position_embeddings": values.get("max_position_embeddings", 2048),
+            "initializer_range": _number(values.get("initializer_range", 0.02), "initializer_range", where),
+            "bos_token_id": values.get("bos_token_id"),
+            "eos_token_id": values.get("eos_token_id"),
+        }
+        return HybridConfig.from_dict(fields, where)
+
+    def write_config(self, config: HybridConfig) -> dict[str, Any]:
+        c = config
+        if c.pattern != "*-" * (len(c.pattern) // 2):
+            _refuse("pattern", c.pattern, "*- repeated", "llama")
+        if c.rope_theta is None:
+            _refuse("rope_theta", None, "a number", "llama")
+        if c.mlp_activation != "silu":
+            _refuse("mlp_activation", c.mlp_activation, "silu", "llama")
+        if c.sliding_window is not None:
+            _refuse("sliding_window", c.sliding_window, None, "llama")
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": self.model_type,
+            "dtype": "float32",
+            "vocab_size": c.vocab_size,
+            "hidden_size": c.hidden_size,
+            "intermediate_size": c.intermediate_size,
+            "num_hidden_layers": len(c.pattern) // 2,
+            "num_attention_heads": c.num_heads,
+            "num_key_value_heads": c.num_kv_heads,
+            "head_dim": c.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": c.norm_eps,
+            "rope_theta": c.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+            "attention_bias": c.attention_bias,
+            "mlp_bias": False,
+            "tie_word_embeddings": c.tie_embeddings,
+            "max_position_embeddings": c.max_position_embeddings,
+            "initializer_range": c.initializer_range,
+            "bos_token_id": c.bos_token_id,
+            "eos_token_id": c.eos_token_id,
+        }
+
+    def sources(self, name: str, config: HybridConfig) -> list[Source]:
+        fixed = {"embeddings.weight": "model.embed_tokens.weight", "norm_f.weight": "model.norm.weight"}
+        if not name.startswith("layers."):
+            return [Source((fixed.get(name, name),))]
+        _, index, rest = name.split(".", 2)
+        module, _, leaf = rest.rpartition(".")
+        block = _LLAMA_BLOCK[config.pattern[int(index)]]
+        return [Source((f"model.layers.{int(index) // 2}.{block[module]}.{leaf}",))]
+
+    def ignores(self, name: str) -> bool:
+        return name.endswith("rotary_emb.inv_freq")
+
+
+LAYOUTS: dict[str, Layout] = {layout.model_type: layout for layout in (Native(), NemotronH(), Llama())}

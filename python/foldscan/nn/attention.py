@@ -1,0 +1,75 @@
+"""Grouped-query attention over packed sequences, with or without rotary embedding, cached or not."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from foldscan import ops
+from foldscan.nn.cache import AttentionCache
+from foldscan.nn.linear import Linear
+from foldscan.nn.packing import Packing
+from foldscan.nn.rotary import RotaryEmbedding
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (arXiv:2305.13245).
+
+    Args:
+        hidden_size: d.
+        num_heads, num_kv_heads, head_dim: query heads, key/value heads, and the width of each.
+        rope_theta: base of the rotary embedding; None for no positional encoding.
+        sliding_window: keys a query sees, itself included; None for all before it.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        bias: bool = False,
+        rope_theta: float | None = None,
+        sliding_window: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
+        self.q_proj = Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.rotary = None if rope_theta is None else RotaryEmbedding(head_dim, rope_theta)
+
+    def forward(self, hidden: torch.Tensor, packing: Packing, cache: AttentionCache | None = None) -> torch.Tensor:
+        """(T, d) to (T, d)."""
+        total = hidden.shape[0]
+        q = self.q_proj(hidden).view(total, self.num_heads, self.head_dim)
+        k = self.k_proj(hidden).view(total, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(hidden).view(total, self.num_kv_heads, self.head_dim)
+        step = packing.cache
+        if self.rotary is not None:
+            longest = packing.max_seqlen if step is None else step.max_seqlen_k
+            cos, sin = self.rotary.table(packing.position_ids, longest)
+            q, k = self.rotary(q, cos, sin), self.rotary(k, cos, sin)
+        if cache is None or step is None:
+            cu, longest = packing.cu_seqlens, packing.max_seqlen
+            out = ops.flash_attn_varlen_func(
+                q, k, v, cu, cu, longest, longest, causal=True, window_size=self.window
+            )
+        else:
+            ops.kv_cache_append(k, v, cache.keys, cache.values, step.block_table, step.cu_seqlens, step.positions)
+            out = ops.flash_attn_varlen_func(
+                q,
+                cache.keys,
+                cache.values,
+                step.cu_seqlens,
+                step.cu_seqlens_k,
+                packing.max_seqlen,
+                step.max_seqlen_k,
+                causal=True,
+                window_size=self.window,
+                block_table=step.block_table,
+            )
+        return self.o_proj(out.reshape(total, self.num_heads * self.head_dim))
