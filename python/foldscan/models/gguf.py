@@ -76,7 +76,7 @@ def read_gguf(path: Path) -> tuple[HybridConfig, dict[str, torch.Tensor]]:
         else:
             raise FormatError(f"{path}: tensor {tensor.name!r} is not one of a llama model")
         try:
-            value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).float()
+            value = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
         except NotImplementedError as error:
             raise FormatError(f"{path}: tensor {tensor.name!r}: {error}") from None
         if parts[-2] in ("attn_q", "attn_k"):
