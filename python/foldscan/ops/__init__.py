@@ -15,10 +15,19 @@ from foldscan.ops.moe import (
     topk_route,
     unpermute,
 )
+from foldscan.ops.norm import rmsnorm_fn
+from foldscan.ops.selective_scan import selective_scan_fn
+from foldscan.ops.ssm_conv import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
+from foldscan.ops.ssm_extend import ScanCache, mamba_chunk_scan_extend
+from foldscan.ops.ssm_scan import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined, selective_state_update
 
 __all__ = [
     "Permutation",
+    "ScanCache",
     "backend",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
+    "causal_conv1d_varlen_states",
     "current_backend",
     "expert_capacity",
     "flash_attn_func",
@@ -28,10 +37,16 @@ __all__ = [
     "kv_cache_append",
     "linear",
     "load_balancing_loss",
+    "mamba_chunk_scan_combined",
+    "mamba_chunk_scan_extend",
+    "mamba_split_conv1d_scan_combined",
     "merge_attention",
     "moe_mlp",
     "permute",
+    "rmsnorm_fn",
     "router_z_loss",
+    "selective_scan_fn",
+    "selective_state_update",
     "topk_route",
     "unpermute",
 ]

@@ -163,12 +163,12 @@ def merge_attention(
 
     Args:
         out_a, out_b: (batch, seqlen, heads, headdim) or packed (total, heads, headdim), one dtype.
-        lse_a, lse_b: (batch, heads, seqlen) or (heads, total) fp32 (fp64 with fp64 outputs), natural logarithm, -inf for
-            a row without keys.
+        lse_a, lse_b: (batch, heads, seqlen) or (heads, total) fp32 (fp64 with fp64 outputs), natural logarithm, -inf
+            for a row without keys.
 
     Returns:
-        (out, lse) in the layout of the inputs; differentiable in all four. A row that is empty on both sides stays 0 with
-        lse -inf. Source: FlashInfer, arXiv:2501.01005, section 2.2.
+        (out, lse) in the layout of the inputs; differentiable in all four. A row that is empty on both sides stays 0
+        with lse -inf. Source: FlashInfer, arXiv:2501.01005, section 2.2.
     """
     _checks.tensor("out_a", out_a, dims=(3, 4))
     _checks.tensor("out_b", out_b)

@@ -94,8 +94,8 @@ def flash_attn_with_kvcache(
         num_splits: accepted for compatibility. The cache is split over the threads as need be: the bits do not change.
 
     Returns:
-        out (batch, seqlen_q, Hq, Dv), with return_lse also lse (batch, Hq, seqlen_q) fp32. Other arguments and errors as
-        for ``flash_attn_func``.
+        out (batch, seqlen_q, Hq, Dv), with return_lse also lse (batch, Hq, seqlen_q) fp32. Other arguments and errors
+        as for ``flash_attn_func``.
     """
     _checks.tensor("q", q, dims=4)
     batch, seqlen_q, heads, head_dim = q.shape

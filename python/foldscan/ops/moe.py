@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import Any, Literal, NamedTuple
 
@@ -39,8 +40,8 @@ def topk_route(
         pre_softmax: softmax over all experts before the choice instead of over the chosen ones after it.
         bias: (E), added to the values that the choice is made on (logits, or with ``pre_softmax`` probabilities, or
             sigmoids), never to the probabilities; no gradient (DeepSeek-V3, arXiv:2412.19437, equation 16).
-        num_groups, groups_topk: choose only within the best ``groups_topk`` of ``num_groups`` equal groups of experts. A
-            group's score is the sum of its best ``max(1, k // groups_topk)`` values.
+        num_groups, groups_topk: choose only within the best ``groups_topk`` of ``num_groups`` equal groups of experts.
+            A group's score is the sum of its best ``max(1, k // groups_topk)`` values.
         scaling: factor on the probabilities, after normalisation.
         normalize: divide the chosen probabilities by their sum (sigmoid: by the sum + 1e-20), for every k, one
             included. A softmax over the chosen experts is normalised by itself.
@@ -225,7 +226,7 @@ def grouped_mm(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, bias: torch
         _checks.shape("bias", bias, b.shape[0], b.shape[2])
     if not is_recording() and offs.device.type == "cpu":
         ends = [0, *offs.tolist(), a.shape[0]]
-        if any(y < x for x, y in zip(ends, ends[1:])):
+        if any(y < x for x, y in itertools.pairwise(ends)):
             raise ValueError(f"offs: got {ends[1:-1]}, want row ends that do not decrease, at most {a.shape[0]}")
     dtype = compute_dtype(a)
     a = a.to(dtype)
@@ -254,11 +255,11 @@ def moe_mlp(
     w_gate: torch.Tensor | None = None,
     activation: Activation = "silu",
 ) -> torch.Tensor:
-    """The expert layer: ``out[t] = sum_j w_down[e] (p[t, j] * act(w_gate[e] x[t]) * (w_up[e] x[t]))``, e = experts[t, j].
+    """The whole local expert layer: ``out[t] = sum_j w_down[e] h[t, j]`` with ``e = experts[t, j]`` and
+    ``h[t, j] = p[t, j] * act(w_gate[e] x[t]) * (w_up[e] x[t])``, or ``p[t, j] * act(w_up[e] x[t])`` without ``w_gate``.
 
-    Without ``w_gate`` the hidden vector is ``p * act(w_up[e] x)``. The probability multiplies the hidden vector, not the
-    output (the same in exact arithmetic). No (T, E, ...) buffer exists, no token is dropped, and an expert without
-    tokens costs nothing.
+    The probability multiplies the hidden vector, not the output (the same in exact arithmetic). No (T, E, ...) buffer
+    exists, no token is dropped, and an expert without tokens costs nothing.
 
     Args:
         tokens: (T, H). Inside ``torch.autocast`` it is cast to the autocast dtype.

@@ -1,0 +1,393 @@
+// Mamba-2 SSD, backward: chunks in reverse, from recomputed chunk states. Nothing is saved by the forward pass.
+//
+// Per chunk and head, with G = dL/dS_next, W[l][s] = w[l][s], and rows l >= s:
+//   M[l][s]  = (dY_l . X_s) W delta_s          E = M * (C B^T)
+//   br_s     = sum_l (C_l.B_s) W dY_l + to_end_s/delta_s G B_s          dX = delta_s br_s + D dY_s
+//   dC_l    += sum_s M B_s + p_l S^T dY_l                               dB_s += sum_l M C_l + to_end_s G^T X_s
+//   v_l      = p_l dY_l . (S C_l)         u_s = to_end_s X_s . (G B_s)
+//   d(delta A)_k = sum_{s<k<=l} E + sum_{l>=k} v_l + sum_{s<k} u_s + p_last <G, S>      rectangle sums: no cancellation
+//   ddelta_k = X_k . br_k + A d(delta A)_k     dA += delta_k d(delta A)_k
+//   G_prev   = p_last G + sum_l p_l dY_l C_l^T
+// The matrices over (l, s) are kept as [s][l] ("transposed"), which is how the products of dX and dB read them.
+//
+// FLOPs: T (HP (12 N + 5 Q/2) + 3 G' N Q), G' = head blocks. Extra memory: chunk states of a task's heads,
+//   (L / 64) N P 4 bytes each, and fp32 partial sums of dB and dC for every block of up to eight heads.
+// Numerics: fp32 sums; bf16 operands of products are rounded once. Determinism: dB and dC are summed over heads in order,
+//   in blocks whose size is fixed; nothing depends on the threads.
+// Source: adjoint of arXiv:2405.21060 section 6; verified against the sequential recurrence in fp64 by tests.
+#include "ssm/cpu/scan_chunk.h"
+
+namespace foldscan::FOLDSCAN_ISA::ssm {
+namespace {
+
+constexpr int64_t kBlockHeads = 8;  // fixed: the sums over a group's heads are grouped by it
+
+FOLDSCAN_INLINE float dot(const float* a, const float* b, int64_t n) {
+  VF sum = VF::zero();
+  for (int64_t i = 0; i < n; i += kLanes) sum = fma(load_upto(a + i, n - i), load_upto(b + i, n - i), sum);
+  return reduce_add(sum);
+}
+
+// Everything a task keeps between chunks, and scratch that lives for the task.
+template <class T>
+struct Task {
+  const ScanBackward& p;
+  Segment seg;
+  int64_t g, h0, heads, ld;  // ld: padded P
+  float* states;             // (heads, chunks, N, ld): state at each chunk's start
+  float* grad_state;         // (heads, N, ld): dL/dS flowing backwards
+  float* dB_part;            // (T, N) fp32 of this block of heads
+  float* dC_part;
+  float* dA_sum;      // (heads)
+  float* dbias_sum;   // (heads)
+  float* dD_sum;      // (heads, ld)
+};
+
+// States at the start of every chunk, by the forward recursion.
+template <class T>
+void recompute_states(const Task<T>& k, int64_t chunks) {
+  const ScanInputs& in = k.p.in;
+  const int64_t P = in.P, N = in.N, size = N * k.ld;
+  Scratch scratch;
+  float* w = scratch.get<float>(kChunk * kChunk);
+  Decay* d = scratch.get<Decay>(1);
+  for (int64_t j = 0; j < k.heads; ++j)
+    load_state(k.p.initial_states && k.seg.initial_row >= 0
+                   ? k.p.initial_states + ((k.seg.initial_row * in.H + k.h0 + j) * P) * N
+                   : nullptr,
+               P, N, k.states + j * chunks * size, k.ld);
+  for (int64_t c = 0; c + 1 < chunks; ++c) {
+    const int64_t t = k.seg.begin + c * kChunk;
+    Scratch inner;
+    GroupChunk<T> group{nullptr, inner.get<T>(N * kChunk)};
+    transpose_copy(static_cast<const T*>(in.B) + t * in.B_stride + k.g * N, in.B_stride, kChunk, N, group.b_columns,
+                   kChunk);
+    for (int64_t j = 0; j < k.heads; ++j) {
+      const int64_t h = k.h0 + j;
+      float* state = k.states + (j * chunks + c) * size;
+      load_delta(in, in.dt + t * in.H, in.H, h, kChunk, d->delta);
+      fill_decay(in.A[h], kChunk, kChunk, *d, w);
+      for (int64_t i = 0; i < size; i += kLanes) VF::load(state + i).store(state + size + i);
+      chunk_state(group, static_cast<const T*>(in.x) + t * in.x_stride + h * P, in.x_stride, *d, kChunk, N, P,
+                  state + size, k.ld);
+    }
+  }
+}
+
+// Rows scaled by a weight each, as a product's A operand or packed B operand.
+template <class T>
+Rows<T> scaled_rows(const float* src, int64_t ld, int64_t rows, int64_t width, const float* weights, Scratch& scratch) {
+  const int64_t ld_out = round_up(width, kK<T>);
+  T* dst = scratch.get<T>(rows * ld_out);
+  for (int64_t i = 0; i < rows; ++i) {
+    const VF weight = VF::set(weights[i]);
+    for (int64_t c = 0; c < ld_out; c += kLanes)
+      store_upto(load_upto(src + i * ld + c, width - c) * weight, dst + i * ld_out + c, ld_out - c);
+  }
+  return {dst, ld_out};
+}
+
+// a (M x K rows) times packed b: a convenience for products that are not triangular.
+template <class T>
+void product(int64_t M, int64_t N, int64_t K, Rows<T> a, const T* packed, float* c, int64_t ldc, bool accumulate) {
+  gemm_block<T>(M, N, K, a.p, a.ld, kK<T>, packed, kNR * kK<T>, b_panel_size<T>(K), c, ldc, accumulate);
+}
+
+// d(delta A)_k for k in [0, q): e is E^T ([s][l], zero for l < s), v and u as above, tail the state term.
+void decay_gradient(const float* e, const float* v, const float* u, float tail, int64_t q, float* out) {
+  VF prefix[kVecs];  // over l: sum_{s < k} E[l][s]
+  for (auto& x : prefix) x = VF::zero();
+  float suffix[kChunk + 1];
+  suffix[q] = 0.0f;
+  for (int64_t l = q - 1; l >= 0; --l) suffix[l] = suffix[l + 1] + v[l];
+  float before = 0.0f;
+  for (int64_t k = 0; k < q; ++k) {
+    if (k > 0) {
+      for (int64_t i = 0; i < kVecs; ++i) prefix[i] = prefix[i] + VF::load(e + (k - 1) * kChunk + i * kLanes);
+      before += u[k - 1];
+    }
+    VF sum = VF::zero();
+    for (int64_t i = 0; i < kVecs; ++i) {
+      const VF lane = VF::iota() + VF::set(static_cast<float>(i * kLanes));
+      sum = sum + select(lane < VF::set(static_cast<float>(k)), VF::zero(), prefix[i]);
+    }
+    out[k] = reduce_add(sum) + suffix[k] + before + tail;
+  }
+}
+
+template <class T>
+void run_chunk(const Task<T>& k, int64_t c, int64_t chunks) {
+  const ScanBackward& p = k.p;
+  const ScanInputs& in = p.in;
+  const int64_t P = in.P, N = in.N, H = in.H, ld = k.ld, size = N * ld;
+  const int64_t t = k.seg.begin + c * kChunk, q = imin(kChunk, k.seg.end - t);
+  const int64_t ld_n = round_up(N, kStatePad);
+  Scratch scratch;
+  const auto B = as_rows(static_cast<const T*>(in.B) + t * in.B_stride + k.g * N, in.B_stride, q, N, scratch);
+  const auto C = as_rows(static_cast<const T*>(in.C) + t * in.C_stride + k.g * N, in.C_stride, q, N, scratch);
+  T* packed_b = scratch.get<T>(b_packed_size<T>(q, N));   // rows s, columns n
+  T* packed_c = scratch.get<T>(b_packed_size<T>(q, N));   // rows l, columns n
+  T* packed_ct = scratch.get<T>(b_packed_size<T>(N, q));  // rows n, columns l
+  pack_b_rows(B.p, B.ld, q, N, packed_b);
+  pack_b_rows(C.p, C.ld, q, N, packed_c);
+  pack_b_cols(C.p, C.ld, N, q, packed_ct);
+  T* c_columns = scratch.get<T>(N * kChunk);  // C^T
+  transpose_copy(C.p, C.ld, q, N, c_columns, kChunk);
+  if (q % kK<T> != 0)
+    for (int64_t n = 0; n < N; ++n) c_columns[n * kChunk + q] = from_float<T>(0.0f);
+  float* cbt = scratch.get<float>(kChunk * kChunk);  // [s][l] = C_l . B_s
+  product(q, q, N, B, packed_ct, cbt, kChunk, false);
+  float* m_sum = scratch.get<float>(kChunk * kChunk);  // sum of M^T over heads, [s][l]
+  for (int64_t i = 0; i < kChunk * kChunk; i += kLanes) VF::zero().store(m_sum + i);
+  float* db = scratch.get<float>(q * ld_n);
+  float* dc = scratch.get<float>(q * ld_n);
+  float* w = scratch.get<float>(kChunk * kChunk);
+  float* wt = scratch.get<float>(kChunk * kChunk);
+  float* dxt = scratch.get<float>(kChunk * kChunk);  // [s][l] = dY_l . X_s, then E^T
+  T* scores = scratch.get<T>(kChunk * kChunk);       // [s][l] = (C_l . B_s) w
+  float *x32 = scratch.get<float>(q * ld), *dy = scratch.get<float>(q * ld), *br = scratch.get<float>(q * ld);
+  float *gb = scratch.get<float>(q * ld), *sc = scratch.get<float>(q * ld);
+  Decay* d = scratch.get<Decay>(1);
+  alignas(64) float end_weight[kChunk], v[kChunk], u[kChunk], grad_log[kChunk];
+
+  for (int64_t j = 0; j < k.heads; ++j) {
+    Scratch inner;
+    const int64_t h = k.h0 + j;
+    const float* state = k.states + (j * chunks + c) * size;
+    float* grad_state = k.grad_state + j * size;
+    load_delta(in, in.dt + t * H, H, h, q, d->delta);
+    fill_decay(in.A[h], 0, q, *d, w);
+    transpose_copy(w, kChunk, q, q, wt, kChunk, true);
+    for (int64_t s = 0; s < q; ++s) end_weight[s] = w[(q - 1) * kChunk + s];
+
+    // X and dY (through the gate) in fp32, zero in the padding of P.
+    const T* x = static_cast<const T*>(in.x) + t * in.x_stride + h * P;
+    const T* dout = static_cast<const T*>(p.dout) + (t * H + h) * P;
+    const T* z = in.z ? static_cast<const T*>(in.z) + t * in.z_stride + h * P : nullptr;
+    for (int64_t l = 0; l < q; ++l)
+      for (int64_t i = 0; i < ld; i += kLanes) {
+        load_upto(x + l * in.x_stride + i, P - i).store(x32 + l * ld + i);
+        VF g = load_upto(dout + l * H * P + i, P - i);
+        if (z) g = g * vsilu(load_upto(z + l * in.z_stride + i, P - i));
+        g.store(dy + l * ld + i);
+      }
+    alignas(64) float ones[kChunk];
+    for (auto& one : ones) one = 1.0f;
+    const auto x_rows = as_rows(x, in.x_stride, q, P, inner);
+    const auto dy_rows = scaled_rows<T>(dy, ld, q, P, ones, inner);
+    const auto dy_decayed = scaled_rows<T>(dy, ld, q, P, d->from_start, inner);
+    T* packed_dyt = inner.get<T>(b_packed_size<T>(P, q));  // rows p, columns l
+    T* packed_dy = inner.get<T>(b_packed_size<T>(q, P));   // rows l, columns p
+    pack_b_cols(dy_rows.p, dy_rows.ld, P, q, packed_dyt);
+    pack_b_rows(dy_rows.p, dy_rows.ld, q, P, packed_dy);
+
+    product(q, q, P, x_rows, packed_dyt, dxt, kChunk, false);
+    for (int64_t s = 0; s < q; ++s) {
+      const VF delta = VF::set(d->delta[s]);
+      for (int64_t l = 0; l < kChunk; l += kLanes) {
+        const VF keep = VF::load(wt + s * kChunk + l);  // zero for l < s; beyond q nothing was written
+        const VM valid = (VF::zero() < keep) & (VF::iota() < VF::set(static_cast<float>(q - l)));
+        const VF cb = select(valid, VF::load(cbt + s * kChunk + l), VF::zero());
+        const VF gram = select(valid, VF::load(dxt + s * kChunk + l), VF::zero());
+        const VF decay = select(valid, keep, VF::zero());
+        const VF m = gram * decay * delta;
+        (VF::load(m_sum + s * kChunk + l) + m).store(m_sum + s * kChunk + l);
+        (cb * decay).store(scores + s * kChunk + l);
+        (m * cb).store(dxt + s * kChunk + l);
+      }
+    }
+
+    // br = scores dY + end_weight (B G^T);  S C for v.
+    const auto g_op = state_operand(grad_state, ld, N, P, inner, T{});
+    gemm_block<T>(q, P, N, B.p, B.ld, kK<T>, g_op.p, g_op.ldb, g_op.panel, gb, ld, false);
+    const auto s_op = state_operand(state, ld, N, P, inner, T{});
+    gemm_block<T>(q, P, N, C.p, C.ld, kK<T>, s_op.p, s_op.ldb, s_op.panel, sc, ld, false);
+    product(q, P, q, Rows<T>{scores, kChunk}, packed_dy, br, ld, false);
+
+    T* dx = static_cast<T*>(p.dx) + (t * H + h) * P;
+    float direct[kChunk];
+    for (int64_t s = 0; s < q; ++s) {
+      const VF end = VF::set(end_weight[s]), delta = VF::set(d->delta[s]);
+      VF sum_direct = VF::zero(), sum_u = VF::zero(), sum_v = VF::zero();
+      for (int64_t i = 0; i < P; i += kLanes) {
+        const int64_t n = P - i;
+        const VF gbv = load_upto(gb + s * ld + i, n), xv = load_upto(x32 + s * ld + i, n);
+        const VF dyv = load_upto(dy + s * ld + i, n);
+        const VF b = fma(end, gbv, load_upto(br + s * ld + i, n));
+        sum_direct = fma(xv, b, sum_direct);
+        sum_u = fma(xv, gbv, sum_u);
+        sum_v = fma(dyv, load_upto(sc + s * ld + i, n), sum_v);
+        VF g = delta * b;
+        if (in.D) {
+          const VF D = in.D_per_channel ? load_upto(in.D + h * P + i, n) : VF::set(in.D[h]);
+          g = fma(D, dyv, g);
+          float* dD = k.dD_sum + j * ld + i;
+          fma(dyv, xv, VF::load(dD)).store(dD);
+        }
+        store_upto(g, dx + s * H * P + i, n);
+      }
+      direct[s] = reduce_add(sum_direct);
+      u[s] = d->to_end[s] * reduce_add(sum_u);
+      v[s] = d->from_start[s] * reduce_add(sum_v);
+    }
+
+    // dz needs the output before the gate: y = p S C + tril(C B^T w delta) X + D x.
+    if (z) {
+      T* forward = inner.get<T>(kChunk * kChunk);
+      for (int64_t l = 0; l < q; ++l)
+        for (int64_t s = 0; s < kChunk; ++s) {
+          const bool on = s <= l;
+          forward[l * kChunk + s] =
+              from_float<T>(on ? cbt[s * kChunk + l] * w[l * kChunk + s] * d->delta[s] : 0.0f);
+        }
+      T* packed_x = inner.get<T>(b_packed_size<T>(q, P));
+      pack_b_rows(x, in.x_stride, q, P, packed_x);
+      float* y = inner.get<float>(q * ld);
+      product(q, P, q, Rows<T>{forward, kChunk}, packed_x, y, ld, false);
+      T* dz = static_cast<T*>(p.dz) + (t * H + h) * P;
+      for (int64_t l = 0; l < q; ++l)
+        for (int64_t i = 0; i < P; i += kLanes) {
+          const int64_t n = P - i;
+          VF yv = fma(VF::set(d->from_start[l]), load_upto(sc + l * ld + i, n), load_upto(y + l * ld + i, n));
+          if (in.D) {
+            const VF D = in.D_per_channel ? load_upto(in.D + h * P + i, n) : VF::set(in.D[h]);
+            yv = fma(D, load_upto(x32 + l * ld + i, n), yv);
+          }
+          const VF g = load_upto(dout + l * H * P + i, n) * vsilu_grad(load_upto(z + l * in.z_stride + i, n));
+          store_upto(g * yv, dz + l * H * P + i, n);
+        }
+    }
+
+    // The time step and the decay.
+    const float tail = d->total * dot(grad_state, state, size);
+    decay_gradient(dxt, v, u, tail, q, grad_log);
+    float dA = 0.0f, dbias = 0.0f;
+    for (int64_t s = 0; s < q; ++s) {
+      dA = dA + d->delta[s] * grad_log[s];
+      float g = direct[s] + in.A[h] * grad_log[s];
+      const float raw = in.dt[(t + s) * H + h] + (in.dt_bias ? in.dt_bias[h] : 0.0f);
+      float slope[kLanes], value[kLanes];
+      vsigmoid(VF::set(raw)).store(slope);
+      vsoftplus(VF::set(raw)).store(value);
+      const float before_clamp = in.softplus ? value[0] : raw;
+      if (!(before_clamp > in.dt_min && before_clamp < in.dt_max)) g = 0.0f;
+      if (in.softplus) g *= slope[0];
+      p.ddt[(t + s) * H + h] = g;
+      dbias += g;
+    }
+    k.dA_sum[j] += dA;
+    k.dbias_sum[j] += dbias;
+
+    // dC and dB through the state: sums over the heads of the block run on in the accumulators.
+    T* packed_state = inner.get<T>(b_packed_size<T>(P, N));
+    pack_b_cols(state, ld, P, N, packed_state);
+    product(q, N, P, dy_decayed, packed_state, dc, ld_n, j > 0);
+    pack_b_cols(grad_state, ld, P, N, packed_state);
+    const auto x_weighted = scaled_rows<T>(x32, ld, q, P, d->to_end, inner);
+    product(q, N, P, x_weighted, packed_state, db, ld_n, j > 0);
+
+    // G_prev.
+    T* packed_decayed = inner.get<T>(b_packed_size<T>(q, P));
+    pack_b_rows(dy_decayed.p, dy_decayed.ld, q, P, packed_decayed);
+    const VF total = VF::set(d->total);
+    for (int64_t i = 0; i < size; i += kLanes) (VF::load(grad_state + i) * total).store(grad_state + i);
+    product(N, P, q, Rows<T>{c_columns, kChunk}, packed_decayed, grad_state, ld, true);
+  }
+
+  // Once for the block: dB += M^T C, dC += M B with M summed over the heads.
+  T* m_rows = scratch.get<T>(kChunk * kChunk);
+  for (int64_t i = 0; i < q; ++i) copy_row(m_sum + i * kChunk, kChunk, m_rows + i * kChunk, kChunk);
+  product(q, N, q, Rows<T>{m_rows, kChunk}, packed_c, db, ld_n, true);
+  transpose_copy(m_sum, kChunk, kChunk, q, m_rows, kChunk);
+  product(q, N, q, Rows<T>{m_rows, kChunk}, packed_b, dc, ld_n, true);
+  for (int64_t i = 0; i < q; ++i) {
+    copy_row(db + i * ld_n, N, k.dB_part + (t + i) * N, N);
+    copy_row(dc + i * ld_n, N, k.dC_part + (t + i) * N, N);
+  }
+}
+
+template <class T>
+void run_task(Task<T> k) {
+  const ScanBackward& p = k.p;
+  const ScanInputs& in = p.in;
+  const int64_t P = in.P, N = in.N, size = N * k.ld;
+  const int64_t chunks = ceil_div(k.seg.end - k.seg.begin, kChunk);
+  Scratch scratch;
+  k.states = scratch.get<float>(k.heads * imax(chunks, 1) * size);
+  k.grad_state = scratch.get<float>(k.heads * size);
+  for (int64_t j = 0; j < k.heads; ++j)
+    load_state(p.dfinal_states && k.seg.final_row >= 0
+                   ? p.dfinal_states + ((k.seg.final_row * in.H + k.h0 + j) * P) * N
+                   : nullptr,
+               P, N, k.grad_state + j * size, k.ld);
+  recompute_states(k, chunks);
+  for (int64_t c = chunks - 1; c >= 0; --c) run_chunk(k, c, chunks);
+  if (p.dinitial_states && k.seg.initial_row >= 0)
+    for (int64_t j = 0; j < k.heads; ++j)
+      store_state(k.grad_state + j * size, k.ld, P, N,
+                  p.dinitial_states + ((k.seg.initial_row * in.H + k.h0 + j) * P) * N);
+}
+
+template <class T>
+void run(const ScanBackward& p) {
+  const ScanInputs& in = p.in;
+  const int64_t H = in.H, G = in.G, N = in.N, P = in.P, tokens = p.seqs.rows * p.seqs.length;
+  const int64_t heads = H / G, ld = state_ld(P);
+  Scratch scratch;
+  Segment* segments = scratch.get<Segment>(max_segments(p.seqs));
+  const int64_t count = fill_segments(p.seqs, segments);
+  const HeadBlocks blocks(heads, kBlockHeads);
+  const int64_t nblocks = G * blocks.per_group;
+  float* dB = scratch.get<float>(nblocks * tokens * N);
+  float* dC = scratch.get<float>(nblocks * tokens * N);
+  const int64_t per_segment = H * (2 + ld);
+  float* sums = scratch.get<float>(imax(1, count) * per_segment);  // dA (H), dbias (H), dD (H, ld) of each segment
+  for (int64_t i = 0; i < count * per_segment; ++i) sums[i] = 0.0f;
+
+  parallel_for(count * nblocks, 1, [&](int64_t task) {
+    const int64_t i = task / nblocks, block = task % nblocks, g = block / blocks.per_group;
+    const int64_t first = block % blocks.per_group * blocks.size, h0 = g * heads + first;
+    float* s = sums + i * per_segment;
+    run_task(Task<T>{p, segments[i], g, h0, imin(blocks.size, heads - first), ld, nullptr, nullptr,
+                     dB + block * tokens * N, dC + block * tokens * N, s + h0, s + H + h0, s + 2 * H + h0 * ld});
+  });
+
+  parallel_for(tokens, grain_for(nblocks * N * 2), [&](int64_t t) {
+    for (int64_t g = 0; g < G; ++g)
+      for (int64_t n = 0; n < N; n += kLanes) {
+        VF b = VF::zero(), c = VF::zero();
+        for (int64_t i = g * blocks.per_group; i < (g + 1) * blocks.per_group; ++i) {
+          b = b + load_upto(dB + (i * tokens + t) * N + n, N - n);
+          c = c + load_upto(dC + (i * tokens + t) * N + n, N - n);
+        }
+        store_upto(b, static_cast<T*>(p.dB) + (t * G + g) * N + n, N - n);
+        store_upto(c, static_cast<T*>(p.dC) + (t * G + g) * N + n, N - n);
+      }
+  });
+  for (int64_t h = 0; h < H; ++h) {
+    float dA = 0.0f, dbias = 0.0f;
+    for (int64_t i = 0; i < count; ++i) {
+      dA += sums[i * per_segment + h];
+      dbias += sums[i * per_segment + H + h];
+    }
+    p.dA[h] = dA;
+    p.ddt_bias[h] = dbias;
+    for (int64_t c = 0; p.dD && c < P; ++c) {
+      float dD = 0.0f;
+      for (int64_t i = 0; i < count; ++i) dD += sums[i * per_segment + 2 * H + h * ld + c];
+      p.dD[h * P + c] = dD;
+    }
+  }
+}
+
+}  // namespace
+
+void scan_backward(const ScanBackward& p) {
+  if (p.in.type == DType::kF32) {
+    run<float>(p);
+  } else {
+    run<bf16>(p);
+  }
+}
+
+}  // namespace foldscan::FOLDSCAN_ISA::ssm

@@ -1,0 +1,223 @@
+// One chunk of the SSD scan for one head: the arithmetic that training, prefill and decoding share, so that they agree
+// bit for bit.
+//
+//   delta_t = clamp(softplus(dt_t + bias)),  e_t = exp(delta_t A)
+//   w[l][s] = e_{s+1} e_{s+2} .. e_l (multiplied in that order; 1 for s = l, 0 for s > l),  p_l = e_1 .. e_l
+//   y_l    = sum_n (p_l C_l[n]) S[n]  +  sum_{s <= l} (C_l . B_s) w[l][s] delta_s x_s      one chain of fma per channel
+//   S_next = w_last S + sum_s B_s (w[last][s] delta_s x_s)                                 one chain of fma per element
+//
+// The decay matrix is a product recursion over rows: a chunk costs Q exponentials instead of Q^2 / 2, and its relative
+// error stays below Q ulp. Tokens beyond the current one never enter a row, so row l of a partial chunk, of a full chunk
+// and of a chunk that is fed token by token is the same sequence of operations.
+// The state is held transposed, (N, P) with P padded, because channels are the vector dimension of both products.
+// Source: Dao & Gu, "Transformers are SSMs" (arXiv:2405.21060), section 6; row-recursive decay is ours.
+#pragma once
+
+#include "core/gemm.h"
+#include "core/parallel.h"
+#include "core/vmath.h"
+#include "ssm/ssm.h"
+
+namespace foldscan::FOLDSCAN_ISA::ssm {
+
+using namespace foldscan::ssm;
+
+constexpr int64_t kVecs = kChunk / kLanes;
+constexpr float kTiny = 1e-30f;  // decays below are cut to zero: denormals are slow and mean nothing here
+
+// A block of rows that a GEMM can read as A: row-major, pairs complete.
+template <class T>
+struct Rows {
+  const T* p;
+  int64_t ld;
+};
+
+// Uses the rows where they are unless an odd width would leave a bf16 pair half outside.
+template <class T>
+FOLDSCAN_INLINE Rows<T> as_rows(const T* src, int64_t stride, int64_t rows, int64_t width, Scratch& scratch) {
+  if (width % kK<T> == 0) return {src, stride};
+  const int64_t ld = round_up(width, kK<T>);
+  T* dst = scratch.get<T>(rows * ld);
+  for (int64_t i = 0; i < rows; ++i) copy_row(src + i * stride, width, dst + i * ld, ld);
+  return {dst, ld};
+}
+
+// delta of q tokens of head h; dt points at the first token, tokens are dt_stride apart. Lanes beyond q are zero.
+FOLDSCAN_INLINE void load_delta(const ScanInputs& in, const float* dt, int64_t dt_stride, int64_t h, int64_t q,
+                                float* delta) {
+  float raw[kChunk];
+  const float bias = in.dt_bias ? in.dt_bias[h] : 0.0f;
+  for (int64_t i = 0; i < kChunk; ++i) raw[i] = i < q ? dt[i * dt_stride + h] + bias : 0.0f;
+  for (int64_t i = 0; i < kChunk; i += kLanes) {
+    VF d = VF::load(raw + i);
+    if (in.softplus) d = vsoftplus(d);
+    d = vmin(VF::set(in.dt_max), vmax(VF::set(in.dt_min), d));
+    select(VF::iota() < VF::set(static_cast<float>(q - i)), d, VF::zero()).store(delta + i);
+  }
+}
+
+struct Decay {
+  alignas(64) float delta[kChunk];
+  alignas(64) float step[kChunk];        // e_t
+  alignas(64) float from_start[kChunk];  // p_t
+  alignas(64) float to_end[kChunk];      // w[q-1][s] delta_s
+  float total;                           // p_{q-1}
+};
+
+// Fills d from d.delta, and rows [r0, q) of w (stride kChunk).
+FOLDSCAN_INLINE void fill_decay(float A, int64_t r0, int64_t q, Decay& d, float* w) {
+  for (int64_t i = 0; i < kChunk; i += kLanes)
+    vexp(VF::load(d.delta + i) * VF::set(A)).store(d.step + i);
+  VF row[kVecs];
+  for (auto& r : row) r = VF::zero();
+  const VF tiny = VF::set(kTiny), one = VF::set(1.0f);
+  float p = 1.0f;
+  for (int64_t l = 0; l < q; ++l) {
+    const VF e = VF::set(d.step[l]);
+    p *= d.step[l];
+    if (p < kTiny) p = 0.0f;
+    d.from_start[l] = p;
+    const VF at = VF::set(static_cast<float>(l));
+    for (int64_t v = 0; v < kVecs; ++v) {
+      const VF next = row[v] * e;
+      const VF lane = VF::iota() + VF::set(static_cast<float>(v * kLanes));
+      row[v] = select(lane == at, one, select(next < tiny, VF::zero(), next));
+      if (l >= r0) row[v].store(w + l * kChunk + v * kLanes);
+    }
+  }
+  d.total = p;
+  for (int64_t v = 0; v < kVecs; ++v) (row[v] * VF::load(d.delta + v * kLanes)).store(d.to_end + v * kLanes);
+}
+
+// What all heads of a group share in a chunk.
+template <class T>
+struct GroupChunk {
+  float* cb;     // C_l . B_s for rows [r0, q), stride kChunk
+  T* b_columns;  // B^T: (N, kChunk), zero beyond q
+};
+
+// B: q rows; C: rows r0.. q (C.p points at row r0).
+template <class T>
+FOLDSCAN_INLINE GroupChunk<T> group_chunk(Rows<T> B, Rows<T> C, int64_t r0, int64_t q, int64_t N, Scratch& scratch) {
+  GroupChunk<T> g{scratch.get<float>(kChunk * kChunk), scratch.get<T>(N * kChunk)};
+  transpose_copy(B.p, B.ld, q, N, g.b_columns, kChunk);
+  if (q < kChunk)
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t s = q; s < kChunk; ++s) g.b_columns[n * kChunk + s] = from_float<T>(0.0f);
+  T* packed = scratch.get<T>(b_packed_size<T>(N, kChunk));
+  pack_b_cols(B.p, B.ld, N, q, packed);
+  // Row blocks, each as wide as its last row needs.
+  for (int64_t l = r0; l < q; l += 4 * kMR) {
+    const int64_t rows = imin(4 * kMR, q - l);
+    gemm_block<T>(rows, l + rows, N, C.p + (l - r0) * C.ld, C.ld, kK<T>, packed, kNR * kK<T>, b_panel_size<T>(N),
+                  g.cb + l * kChunk, kChunk, false);
+  }
+  return g;
+}
+
+// state (N, ld) as the B operand of a product over N.
+template <class T>
+struct StateOperand {
+  const T* p;
+  int64_t ldb, panel;
+};
+FOLDSCAN_INLINE StateOperand<float> state_operand(const float* state, int64_t ld, int64_t, int64_t, Scratch&, float) {
+  return {state, ld, kNR};
+}
+FOLDSCAN_INLINE StateOperand<bf16> state_operand(const float* state, int64_t ld, int64_t N, int64_t P, Scratch& scratch,
+                                                 bf16) {
+  bf16* packed = scratch.get<bf16>(b_packed_size<bf16>(N, P));
+  pack_b_rows(state, ld, N, P, packed);
+  return {packed, 2 * kNR, b_panel_size<bf16>(N)};
+}
+
+// y (rows r0.. q, stride ld_y) before the D term and the gate. x: q rows of P.
+template <class T>
+FOLDSCAN_INLINE void chunk_output(const GroupChunk<T>& g, Rows<T> C, const T* x, int64_t x_stride, const Decay& d,
+                                  const float* w, const float* state, int64_t ld_state, int64_t r0, int64_t q,
+                                  int64_t N, int64_t P, float* y, int64_t ld_y) {
+  Scratch scratch;
+  const int64_t rows = q - r0, ld_c = round_up(N, kK<T>);
+  T* decayed_c = scratch.get<T>(rows * ld_c);
+  for (int64_t i = 0; i < rows; ++i) {
+    const VF p = VF::set(d.from_start[r0 + i]);
+    for (int64_t n = 0; n < ld_c; n += kLanes)
+      store_upto(load_upto(C.p + i * C.ld + n, N - n) * p, decayed_c + i * ld_c + n, ld_c - n);
+  }
+  const auto s = state_operand(state, ld_state, N, P, scratch, T{});
+  gemm_block<T>(rows, P, N, decayed_c, ld_c, kK<T>, s.p, s.ldb, s.panel, y, ld_y, false);
+
+  T* scores = scratch.get<T>(rows * kChunk);
+  for (int64_t l = r0; l < q; ++l)
+    for (int64_t v = 0; v < kChunk; v += kLanes) {
+      // Lanes beyond l of cb are not initialised: select, do not multiply by the zero decay.
+      const VF wv = VF::load(w + l * kChunk + v);
+      const VF cb = select(VF::zero() < wv, VF::load(g.cb + l * kChunk + v), VF::zero());
+      (cb * wv * VF::load(d.delta + v)).store(scores + (l - r0) * kChunk + v);
+    }
+  T* packed_x = scratch.get<T>(b_packed_size<T>(q, P));
+  pack_b_rows(x, x_stride, q, P, packed_x);
+  for (int64_t l = r0; l < q; l += 4 * kMR) {
+    const int64_t n = imin(4 * kMR, q - l);
+    gemm_block<T>(n, P, l + n, scores + (l - r0) * kChunk, kChunk, kK<T>, packed_x, kNR * kK<T>, b_panel_size<T>(q),
+                  y + (l - r0) * ld_y, ld_y, true);
+  }
+}
+
+// state (N, ld_state) -> the state after the chunk's q tokens.
+template <class T>
+FOLDSCAN_INLINE void chunk_state(const GroupChunk<T>& g, const T* x, int64_t x_stride, const Decay& d, int64_t q,
+                                 int64_t N, int64_t P, float* state, int64_t ld_state) {
+  Scratch scratch;
+  float* weighted = scratch.get<float>(q * ld_state);
+  for (int64_t s = 0; s < q; ++s) {
+    const VF weight = VF::set(d.to_end[s]);
+    for (int64_t i = 0; i < ld_state; i += kLanes)
+      (load_upto(x + s * x_stride + i, P - i) * weight).store(weighted + s * ld_state + i);
+  }
+  T* packed = scratch.get<T>(b_packed_size<T>(q, P));
+  pack_b_rows(weighted, ld_state, q, P, packed);
+  const VF total = VF::set(d.total);
+  for (int64_t i = 0; i < N * ld_state; i += kLanes) (VF::load(state + i) * total).store(state + i);
+  gemm_block<T>(N, P, q, g.b_columns, kChunk, kK<T>, packed, kNR * kK<T>, b_panel_size<T>(q), state, ld_state, true);
+}
+
+// out = (y + D x) silu(z), rows of P; D is per channel or one value.
+template <class T>
+FOLDSCAN_INLINE void finish_row(const ScanInputs& in, int64_t h, const float* y, const T* x, const T* z, T* out) {
+  for (int64_t i = 0; i < in.P; i += kLanes) {
+    const int64_t n = in.P - i;
+    VF v = load_upto(y + i, n);
+    if (in.D) {
+      const VF D = in.D_per_channel ? load_upto(in.D + h * in.P + i, n) : VF::set(in.D[h]);
+      v = fma(D, load_upto(x + i, n), v);
+    }
+    if (z) v = v * vsilu(load_upto(z + i, n));
+    store_upto(v, out + i, n);
+  }
+}
+
+// (P, N) <-> padded (N, ld).
+FOLDSCAN_INLINE void load_state(const float* src, int64_t P, int64_t N, float* state, int64_t ld) {
+  if (!src) {
+    for (int64_t i = 0; i < N * ld; i += kLanes) VF::zero().store(state + i);
+    return;
+  }
+  transpose_copy(src, N, P, N, state, ld, true);
+}
+FOLDSCAN_INLINE void store_state(const float* state, int64_t ld, int64_t P, int64_t N, float* dst) {
+  transpose_copy(state, ld, N, P, dst, N);
+}
+
+FOLDSCAN_INLINE int64_t state_ld(int64_t P) { return round_up(P, kStatePad); }
+
+// Heads of a task: a divisor-free split of each group, small enough to give every thread work. Bits do not depend on it.
+struct HeadBlocks {
+  int64_t per_group, size;
+  FOLDSCAN_INLINE HeadBlocks(int64_t heads_per_group, int64_t limit) {
+    size = imax(1, imin(limit, heads_per_group));
+    per_group = ceil_div(heads_per_group, size);
+  }
+};
+
+}  // namespace foldscan::FOLDSCAN_ISA::ssm
