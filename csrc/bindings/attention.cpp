@@ -158,8 +158,9 @@ void kv_cache_append(const Tensor& k, const Tensor& v, const Tensor& k_cache, co
   for (int64_t s = 0; s < n; ++s) {
     const int64_t count = p.cu_seqlens[s + 1] - p.cu_seqlens[s], first = p.positions[s];
     if (count == 0) continue;
-    check(first >= 0 && p.page_size > 0 && first + count <= p.table_stride * p.page_size,
-          "argument block_table: a sequence grows past the pages of its row (or positions is negative)");
+    check(first >= 0, "argument positions: got a negative number of keys");
+    check(p.page_size > 0 && first + count <= p.table_stride * p.page_size,
+          "argument block_table: a sequence grows past the pages of its row");
     const int64_t page = first / p.page_size;
     check_pages(p.block_table + s * p.table_stride + page, k_cache.size(0),
                 ceil_div(first + count, p.page_size) - page);

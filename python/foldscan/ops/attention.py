@@ -8,7 +8,7 @@ import torch
 
 from foldscan.ops import _checks
 from foldscan.ops._backend import current_backend, use_native
-from foldscan.ops._library import compute_dtype, kernels, register
+from foldscan.ops._library import autocast_dtype, kernels, register
 
 MAX_HEAD_DIM = 256
 
@@ -241,8 +241,8 @@ def _attention(
         _checks.tensor("sinks", sinks)
         _checks.shape("sinks", sinks, heads)
         sinks = sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-    dtype = compute_dtype(q)
-    if block_table is None:
+    dtype = autocast_dtype(q.device.type)
+    if dtype is not None and block_table is None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _checks.same_dtype("k", k, "q", q)
     _checks.same_dtype("v", v, "q", q)

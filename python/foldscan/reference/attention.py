@@ -51,7 +51,8 @@ def _one_head(
 
 def gather_pages(cache: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:
     """The first ``length`` keys of a sequence from a paged cache (pages, page_size, heads, headdim)."""
-    return cache[pages.long()].flatten(0, 1)[:length]
+    used = -(-length // cache.shape[1]) if length else 0
+    return cache[pages[:used].long()].flatten(0, 1)[:length]
 
 
 def attention(
@@ -78,9 +79,7 @@ def attention(
         if block_table is None:
             ks, vs = (t[starts_k[s] : starts_k[s + 1]] for t in (k, v))
         else:
-            ks, vs = (
-                gather_pages(t, block_table[s, : -(-length // k.shape[1]) if length else 0], length) for t in (k, v)
-            )
+            ks, vs = (gather_pages(t, block_table[s], length) for t in (k, v))
         qs = q[starts_q[s] : starts_q[s + 1]]
         seen = visible_keys(qs.shape[0], length, window_left, window_right, q.device)
         heads = [
@@ -140,7 +139,7 @@ def kv_cache_append(
 def merge_attention(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over the union of two disjoint sets of keys; out (batch, seqlen, heads, headdim), lse (batch, heads, seqlen)."""
+    """Attention over two disjoint sets of keys; out (batch, seqlen, heads, headdim), lse (batch, heads, seqlen)."""
     empty = (lse_a == float("-inf")) & (lse_b == float("-inf"))
     both = torch.stack([lse_a, lse_b]).masked_fill(empty, 0.0)
     lse = torch.logsumexp(both, dim=0)

@@ -58,9 +58,7 @@ def attention(
         if block_table is None:
             ks, vs = (t[starts_k[s] : starts_k[s + 1]] for t in (k, v))
         else:
-            ks, vs = (
-                gather_pages(t, block_table[s, : -(-length // k.shape[1]) if length else 0], length) for t in (k, v)
-            )
+            ks, vs = (gather_pages(t, block_table[s], length) for t in (k, v))
         qs, ks, vs = q[starts_q[s] : starts_q[s + 1]].transpose(0, 1), ks.transpose(0, 1), vs.transpose(0, 1)
         queries = qs.shape[1]
         unmasked = window_left < 0 and window_right < 0
