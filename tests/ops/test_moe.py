@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from foldscan import ops
 from helpers import assert_budget, assert_close_to_truth, check_op, gradients, relative_rmse
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from foldscan import ops
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -4,6 +4,7 @@ from foldscan.ops._backend import backend, current_backend
 from foldscan.ops.attention import flash_attn_func, flash_attn_varlen_func, merge_attention
 from foldscan.ops.attention_cache import flash_attn_with_kvcache, kv_cache_append
 from foldscan.ops.linear import linear
+from foldscan.ops.losses import TokenStats, linear_cross_entropy, linear_kl_div, linear_logprob
 from foldscan.ops.moe import (
     Permutation,
     expert_capacity,
@@ -24,6 +25,7 @@ from foldscan.ops.ssm_scan import mamba_chunk_scan_combined, mamba_split_conv1d_
 __all__ = [
     "Permutation",
     "ScanCache",
+    "TokenStats",
     "backend",
     "causal_conv1d_fn",
     "causal_conv1d_update",
@@ -36,6 +38,9 @@ __all__ = [
     "grouped_mm",
     "kv_cache_append",
     "linear",
+    "linear_cross_entropy",
+    "linear_kl_div",
+    "linear_logprob",
     "load_balancing_loss",
     "mamba_chunk_scan_combined",
     "mamba_chunk_scan_extend",

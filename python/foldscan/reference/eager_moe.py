@@ -1,4 +1,4 @@
-"""The best plain-PyTorch formulation of the MoE ops on a CPU: rows sorted by expert, one ``F.linear`` per hit expert."""
+"""The best plain-PyTorch form of the MoE ops on a CPU: rows sorted by expert, one ``F.linear`` per expert hit."""
 
 from __future__ import annotations
 

@@ -43,14 +43,14 @@ def topk_route(
         counted = min(size, max(1, k // groups_topk))
         grouped = value.view(T, num_groups, size)
         group_score = grouped.sort(-1, descending=True).values[..., :counted].sum(-1)
-        best = group_score.sort(-1, descending=True, stable=True).indices[:, :groups_topk]
+        best = group_score.sort(dim=-1, descending=True, stable=True).indices[:, :groups_topk]
         inside = torch.zeros(T, num_groups, dtype=torch.bool, device=value.device).scatter(1, best, True)
         # A key before the value, so that an expert of a chosen group at -inf still beats all outside.
-        order = value.sort(-1, descending=True, stable=True).indices
+        order = value.sort(dim=-1, descending=True, stable=True).indices
         kept = inside.repeat_interleave(size, 1).gather(1, order)
-        experts = order.gather(1, kept.sort(-1, descending=True, stable=True).indices)[:, :k]
+        experts = order.gather(1, kept.sort(dim=-1, descending=True, stable=True).indices)[:, :k]
     else:
-        experts = value.sort(-1, descending=True, stable=True).indices[:, :k]
+        experts = value.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     probs = scores.gather(1, experts)
     if score == "softmax" and not pre_softmax:
         probs = torch.softmax(probs, -1)

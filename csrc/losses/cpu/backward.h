@@ -1,0 +1,158 @@
+// Gradients of a head from the gradients of its logits: the backward half that all vocabulary losses share.
+//
+// The vocabulary is walked in waves of a few thousand columns. For each wave:
+//   1. fill() recomputes its logits and writes the gradients of the logits (fp32, or bf16 as operands for bf16 input);
+//   2. dhidden += dlogits W: chains over groups of kVocabGroup columns, added in the order of the groups in fp32;
+//   3. dweight rows of the wave = dlogits^T hidden: chains over the rows in order.
+// Tasks own what they write: no atomics, no result that depends on the number of threads; a row of dhidden does not
+// depend on the other rows, nor on the width of a wave.
+//
+// FLOPs: 6 n H V with the recomputation. Memory beyond the results: 16 MB of logit gradients (one group of columns, if
+// that is more), and (n, H) twice.
+#pragma once
+
+#include "losses/cpu/vocab.h"
+
+namespace foldscan::FOLDSCAN_ISA::losses {
+
+using foldscan::losses::HeadGradient;
+using foldscan::losses::kVocabGroup;
+
+constexpr int64_t kGradCols = kNR >= 128 ? kNR : 128;  // columns of H in a task of steps 2 and 3
+
+// Rows of dlogits or hidden as panels (the layout of pack_b_rows); row(k) points to the first of `width` elements.
+template <class T, class Row>
+void pack_panel(const Row& row, int64_t K, int64_t width, T* d) {
+  if constexpr (sizeof(T) == 4) {
+    for (int64_t k = 0; k < K; ++k, d += kNR) copy_row(row(k), width, d, kNR);
+  } else {
+    for (int64_t k = 0; k < K; k += 2, d += 2 * kNR) {
+      const T* p = row(k);
+      const T* q = k + 1 < K ? row(k + 1) : nullptr;
+      for (int64_t i = 0; i < kNR; i += kLanes) {
+        const int w = static_cast<int>(imax(0, imin(kLanes, width - i)));
+        const int64_t at = w ? i : 0;
+        VP::interleave(p + at, q ? q + at : nullptr, w).store(d + 2 * i);
+      }
+    }
+  }
+}
+
+// dh (n, H) += dlogits (n, cols) W[v .. v + cols), group by group.
+template <class T>
+void accumulate_dhidden(const Head& head, int64_t n, int64_t v, int64_t cols, const T* dlogits, int64_t ld, float* dh) {
+  const int64_t H = head.H, blocks = ceil_div(H, kGradCols);
+  int64_t chunk = kChunkRows;
+  while (chunk > kMC && ceil_div(n, chunk) * blocks < 2 * num_threads()) chunk /= 2;
+  const int64_t chunks = ceil_div(n, chunk);
+  parallel_for(chunks * blocks, 1, [&](int64_t task) {
+    const int64_t r0 = task / blocks * chunk, count = imin(chunk, n - r0);
+    const int64_t h = task % blocks * kGradCols, width = imin(kGradCols, H - h);
+    Scratch scratch;
+    T* panels = scratch.get<T>(b_packed_size<T>(kVocabGroup, kGradCols));
+    T* a = scratch.get<T>(kMC * (kKC + 2));
+    float* c = scratch.get<float>(kMC * kGradCols);
+    for (int64_t g = 0; g < cols; g += kVocabGroup) {
+      const int64_t K = imin(kVocabGroup, cols - g);
+      pack_weight(head, (v + g) * head.weight_stride + h, head.weight_stride, 1, K, width, panels);
+      for (int64_t r = r0; r < r0 + count; r += kMC) {
+        const int64_t m = imin(kMC, r0 + count - r);
+        block_product<T>(r, m, width, K, StridedRows<T, T>{dlogits + g, ld, 1}, panels, a, c, kGradCols);
+        for (int64_t i = 0; i < m; ++i)
+          for (int64_t j = 0; j < width; j += kLanes) {
+            float* d = dh + (r + i) * H + h + j;
+            const VF sum = load_upto(d, width - j) + load_upto(c + i * kGradCols + j, width - j);
+            store_upto(sum, d, width - j);
+          }
+      }
+    }
+  });
+}
+
+// dweight[v .. v + cols) = dlogits^T hidden, and dbias.
+template <class T>
+void store_dweight(const Head& head, const HeadGradient& grad, int64_t n, int64_t v, int64_t cols, const T* dlogits,
+                   int64_t ld) {
+  constexpr int64_t step = kKL1 * kK<T>;
+  const int64_t H = head.H, panel = b_panel_size<T>(n);
+  const T* x = static_cast<const T*>(grad.x_packed);
+  parallel_for(ceil_div(cols, kNR), 1, [&](int64_t task) {
+    const int64_t p = task * kNR, rows = imin(kNR, cols - p);
+    if (grad.dbias) {
+      for (int64_t j = 0; j < rows; j += kLanes) {
+        VF sum = VF::zero();
+        for (int64_t r = 0; r < n; ++r) sum = sum + load_upto(dlogits + r * ld + p + j, rows - j);
+        store_upto(sum, grad.dbias + v + p + j, rows - j);
+      }
+    }
+    if (!grad.dweight) return;
+    Scratch scratch;
+    T* a = scratch.get<T>(panel);
+    float* c = scratch.get<float>(kNR * kGradCols);
+    pack_panel<T>([&](int64_t r) { return dlogits + r * ld + p; }, n, rows, a);
+    for (int64_t h = 0; h < H; h += kGradCols) {
+      const int64_t width = imin(kGradCols, H - h);
+      for (int64_t k = 0; k < n; k += step)
+        gemm_block<T>(rows, width, imin(step, n - k), a + k * kNR, kK<T>, kNR * kK<T>, x + h / kNR * panel + k * kNR,
+                      kNR * kK<T>, panel, c, kGradCols, k > 0);
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t at = (v + p + i) * H + h;
+        if (head.weight_type == DType::kF32) {
+          copy_row(c + i * kGradCols, width, static_cast<float*>(grad.dweight) + at, width);
+        } else {
+          copy_row(c + i * kGradCols, width, static_cast<bf16*>(grad.dweight) + at, width);
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void zero(T* p, int64_t rows, int64_t n) {
+  parallel_for(rows, grain_for(n), [&](int64_t r) {
+    for (int64_t i = 0; i < n; i += kLanes) store_upto(VF::zero(), p + r * n + i, n - i);
+  });
+}
+
+// fill(r0, count, v, cols, dst, ld): gradients of the logits of compact rows r0 .. r0 + count in columns v .. v + cols.
+template <class T, class Fill>
+void head_gradient(const Head& head, const HeadGradient& grad, const int64_t* rows, int64_t n, int64_t N, int64_t V,
+                   const Fill& fill) {
+  const int64_t H = head.H;
+  T* dhidden = static_cast<T*>(grad.dhidden);
+  if (dhidden) {
+    zero(dhidden, N, H);
+    zero(grad.dh, n, H);
+  }
+  if (n == 0) {
+    if (grad.dweight && head.weight_type == DType::kF32) zero(static_cast<float*>(grad.dweight), V, H);
+    if (grad.dweight && head.weight_type == DType::kBF16) zero(static_cast<bf16*>(grad.dweight), V, H);
+    if (grad.dbias) zero(grad.dbias, 1, V);
+    return;
+  }
+  if (grad.dweight) {
+    const T* hidden = static_cast<const T*>(head.hidden);
+    T* x = static_cast<T*>(grad.x_packed);
+    parallel_for(ceil_div(H, kNR), grain_for(n * kNR / 4), [&](int64_t j) {
+      pack_panel<T>([&](int64_t r) { return hidden + rows[r] * head.hidden_stride + j * kNR; }, n,
+                    imin(kNR, H - j * kNR), x + j * b_panel_size<T>(n));
+    });
+  }
+  const int64_t wave = foldscan::losses::wave_columns(N, V, head.type);
+  const int64_t ld = foldscan::losses::wave_stride(N, V, head.type);
+  T* dlogits = static_cast<T*>(grad.dlogits);
+  const int64_t chunks = ceil_div(n, kChunkRows);
+  for (int64_t v = 0; v < V; v += wave) {
+    const int64_t cols = imin(wave, V - v);
+    parallel_for(ceil_div(cols, kVocabBlock) * chunks, 1, [&](int64_t task) {
+      const int64_t c = task / chunks * kVocabBlock, r = task % chunks * kChunkRows;
+      fill(r, imin(kChunkRows, n - r), v + c, imin(kVocabBlock, cols - c), dlogits + r * ld + c, ld);
+    });
+    if (dhidden) accumulate_dhidden<T>(head, n, v, cols, dlogits, ld, grad.dh);
+    if (grad.dweight || grad.dbias) store_dweight<T>(head, grad, n, v, cols, dlogits, ld);
+  }
+  if (dhidden)
+    parallel_for(n, grain_for(H), [&](int64_t r) { copy_row(grad.dh + r * H, H, dhidden + rows[r] * H, H); });
+}
+
+}  // namespace foldscan::FOLDSCAN_ISA::losses
