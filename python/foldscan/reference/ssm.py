@@ -49,7 +49,7 @@ def causal_conv1d(
     v, w = wide(x), wide(weight)
     pieces: list[list[torch.Tensor]] = [[] for _ in range(batch)]
     for row, begin, end, initial, _ in segments(batch, length, seq_idx, cu_seqlens):
-        past = torch.zeros_like(v[row, :, :1]).expand(-1, width - 1)
+        past = v.new_zeros(v.shape[1], width - 1)
         if initial_states is not None and initial is not None:
             past = wide(initial_states[initial])
         full = torch.cat([past, v[row, :, begin:end]], dim=1)
