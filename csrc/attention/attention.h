@@ -64,6 +64,18 @@ struct CacheAppend {
   int64_t k_page, k_slot, k_cache_head, v_page, v_slot, v_cache_head;
 };
 
+// out = x with the first 2 r features of every head rotated by the angles of its token's position; feature i turns with
+// i + r, or 2 i with 2 i + 1 (interleaved).
+struct Rotary {
+  const void* x;             // (tokens, heads, D), last dimension dense
+  void* out;                 // (tokens, heads, D) dense
+  const float *cos, *sin;    // (length, r) dense
+  const int32_t* positions;  // (tokens)
+  int64_t tokens, heads, D, r, x_row, x_head;
+  bool interleaved;
+  DType type;
+};
+
 // Two attentions over disjoint sets of keys become the one over their union. Rows are (batch, seqlen, heads), dense;
 // lse is (batch, heads, seqlen), dense.
 struct Merge {
@@ -87,6 +99,7 @@ namespace cpu {
 void forward(const Forward& p);
 void backward(const Backward& p);
 void cache_append(const CacheAppend& p);
+void rotary(const Rotary& p);
 void merge(const Merge& p);
 void merge_backward(const MergeBackward& p);
 }  // namespace cpu

@@ -168,6 +168,31 @@ void kv_cache_append(const Tensor& k, const Tensor& v, const Tensor& k_cache, co
   attention::cpu::cache_append(p);
 }
 
+Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& positions, bool interleaved) {
+  check_heads(x, "rotary: x must be (tokens, heads, headdim) with a dense last dimension");
+  check(x.dim() == 3 && cos.dim() == 2 && sin.dim() == 2 && cos.size(0) == sin.size(0) && cos.size(1) == sin.size(1) &&
+            2 * cos.size(1) <= x.size(2) && positions.numel() == x.size(0),
+        "rotary: shapes disagree");
+  const int32_t* at = in_i32(positions);
+  for (int64_t t = 0; t < x.size(0); ++t)
+    check(at[t] >= 0 && at[t] < cos.size(0), "argument rotary_cos: has fewer positions than are used");
+  Tensor out = empty({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  attention::cpu::rotary({.x = data(x),
+                          .out = data(out),
+                          .cos = in_f32(cos),
+                          .sin = in_f32(sin),
+                          .positions = at,
+                          .tokens = x.size(0),
+                          .heads = x.size(1),
+                          .D = x.size(2),
+                          .r = cos.size(1),
+                          .x_row = x.stride(0),
+                          .x_head = x.stride(1),
+                          .interleaved = interleaved,
+                          .type = dtype_of(x)});
+  return out;
+}
+
 attention::Merge merge_params(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b,
                               const Tensor& out, const Tensor& lse) {
   check(out_a.dim() == 4 && out_a.is_contiguous() && out_b.is_contiguous() && out_a.numel() == out_b.numel() &&
@@ -227,6 +252,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(foldscan, m) {
   m.def(
       "kv_cache_append(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_table, "
       "Tensor cu_seqlens, Tensor positions) -> ()");
+  m.def("rotary(Tensor x, Tensor cos, Tensor sin, Tensor positions, bool interleaved) -> Tensor");
   m.def("merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)");
   m.def(
       "merge_attention_backward(Tensor dout, Tensor dlse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> "
@@ -237,6 +263,7 @@ STABLE_TORCH_LIBRARY_IMPL(foldscan, CPU, m) {
   m.impl("attention", TORCH_BOX(&foldscan::bindings::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&foldscan::bindings::attention_backward));
   m.impl("kv_cache_append", TORCH_BOX(&foldscan::bindings::kv_cache_append));
+  m.impl("rotary", TORCH_BOX(&foldscan::bindings::rotary));
   m.impl("merge_attention", TORCH_BOX(&foldscan::bindings::merge_forward));
   m.impl("merge_attention_backward", TORCH_BOX(&foldscan::bindings::merge_backward));
 }

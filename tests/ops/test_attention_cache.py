@@ -217,6 +217,9 @@ def test_opcheck_and_compile() -> None:
     args = (k, k, *caches, table, cu([2, 3]), torch.tensor([1, 4]).int())
     torch.library.opcheck(torch.ops.foldscan.kv_cache_append, args)
 
+    angles = torch.randn(9, 3)
+    torch.library.opcheck(torch.ops.foldscan.rotary, (k, angles.cos(), angles.sin(), torch.arange(5).int(), True))
+
     def step(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
         ops.kv_cache_append(k, k, k_cache, v_cache, table, cu_new, positions)
         out: torch.Tensor = ops.flash_attn_varlen_func(

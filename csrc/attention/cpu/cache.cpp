@@ -1,4 +1,5 @@
-// New keys and values into their slots of a paged cache: a copy, one task a token.
+// New keys and values into their slots of a paged cache: a copy, one task a token. And the rotation of queries and keys
+// by their positions (RoFormer, arXiv:2104.09864, equation 34): fp32, rounded once, every token on its own.
 #include "attention/cpu/tiles.h"
 
 namespace foldscan::FOLDSCAN_ISA::attention {
@@ -8,7 +9,45 @@ void copy_heads(const char* from, int64_t from_head, char* to, int64_t to_head, 
   for (int64_t h = 0; h < heads; ++h) std::memcpy(to + h * to_head, from + h * from_head, static_cast<size_t>(bytes));
 }
 
+template <class T>
+void rotate_head(const T* x, const float* cos, const float* sin, const Rotary& p, T* out) {
+  if (p.interleaved) {
+    for (int64_t i = 0; i < p.r; ++i) {
+      const float a = to_float(x[2 * i]), b = to_float(x[2 * i + 1]);
+      out[2 * i] = from_float<T>(a * cos[i] - b * sin[i]);
+      out[2 * i + 1] = from_float<T>(a * sin[i] + b * cos[i]);
+    }
+  } else {
+    for (int64_t i = 0; i < p.r; i += kLanes) {
+      const int64_t n = p.r - i;
+      const VF a = load_upto(x + i, n), b = load_upto(x + p.r + i, n);
+      const VF c = load_upto(cos + i, n), s = load_upto(sin + i, n);
+      store_upto(a * c - b * s, out + i, n);
+      store_upto(a * s + b * c, out + p.r + i, n);
+    }
+  }
+  copy_row(x + 2 * p.r, p.D - 2 * p.r, out + 2 * p.r, p.D - 2 * p.r);
+}
+
+template <class T>
+void run_rotary(const Rotary& p) {
+  parallel_for(p.tokens, grain_for(p.heads * p.D), [&](int64_t t) {
+    const float *cos = p.cos + p.positions[t] * p.r, *sin = p.sin + p.positions[t] * p.r;
+    for (int64_t h = 0; h < p.heads; ++h)
+      rotate_head(static_cast<const T*>(p.x) + t * p.x_row + h * p.x_head, cos, sin, p,
+                  static_cast<T*>(p.out) + (t * p.heads + h) * p.D);
+  });
+}
+
 }  // namespace
+
+void rotary(const Rotary& p) {
+  if (p.type == DType::kF32) {
+    run_rotary<float>(p);
+  } else {
+    run_rotary<bf16>(p);
+  }
+}
 
 void cache_append(const CacheAppend& p) {
   Scratch scratch;

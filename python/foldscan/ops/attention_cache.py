@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from foldscan.ops import _checks
-from foldscan.ops._backend import current_backend
+from foldscan.ops._backend import current_backend, use_native
 from foldscan.ops._library import kernels, register
 from foldscan.ops.attention import dense, flash_attn_varlen_func, named_error
 
@@ -207,11 +207,17 @@ def _rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, lengths: torch.Tensor, interleaved: bool, ordered: bool
 ) -> torch.Tensor:
     """x (batch, seqlen, heads, headdim) at positions lengths + i (ordered) or lengths."""
-    from foldscan.reference.attention import rotary
+    steps = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+    positions = (lengths[:, None] + (steps if ordered else torch.zeros_like(steps))).flatten()
+    rows = x.flatten(0, 1)
+    if not use_native(x):
+        from foldscan.reference import attention as reference
 
-    steps = torch.arange(x.shape[1], device=x.device) if ordered else torch.zeros(x.shape[1], device=x.device)
-    positions = (lengths[:, None] + steps).flatten()
-    return rotary(x.flatten(0, 1), cos, sin, positions, interleaved).view(x.shape)
+        return reference.rotary(rows, cos, sin, positions, interleaved).view(x.shape)
+    half = x.dtype == torch.float16
+    table = (cos.float().contiguous(), sin.float().contiguous(), positions)
+    return kernels.rotary(dense(rows.float() if half else rows), *table, interleaved).view(x.shape).to(x.dtype)
 
 
 register("kv_cache_append", lambda k, v, k_cache, v_cache, block_table, cu_seqlens, positions: None)
+register("rotary", lambda x, cos, sin, positions, interleaved: x.new_empty(x.shape))
