@@ -62,7 +62,7 @@ def hf_logits(model: Any) -> torch.Tensor:
     "changes",
     [
         {},
-        {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+        {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "routed_scaling_factor": 2.5},
         {"norm_topk_prob": False, "moe_latent_size": 16},
         {"use_bias": True, "use_conv_bias": False, "n_groups": 6},
         {"layers_block_type": ["mlp", "full_attention", "mlp"], "mlp_bias": True},
@@ -204,6 +204,7 @@ def edit_weights(folder: Path, name: str, value: torch.Tensor | None) -> None:
         (lambda f: edit_config(f, model_type="gpt2"), r"config\.json: field 'model_type' is 'gpt2'"),
         (lambda f: edit_config(f, hidden_size="wide"), r"config\.json: field 'hidden_size' is 'wide'"),
         (lambda f: edit_config(f, layers_block_type=["conv"]), r"config\.json: field 'layers_block_type'"),
+        (lambda f: edit_config(f, n_group=4, topk_group=2), r"config\.json: field 'topk_group' is 2, want 1"),
         (lambda f: edit_config(f, mlp_hidden_act="gelu"), r"config\.json: field 'mlp_hidden_act' is 'gelu'"),
         (lambda f: (f / "config.json").write_text("{"), r"config\.json: not valid JSON"),
         (lambda f: (f / "config.json").unlink(), r"config\.json: no such file"),

@@ -108,7 +108,12 @@ class NemotronH:
         def get(field: str, default: int) -> int:
             return want_field(values, field, integer, where) if field in values else default
 
-        groups = get("n_group", 1)
+        groups, best, chosen = get("n_group", 1), get("topk_group", 1), get("num_experts_per_tok", 2)
+        if groups > 1 and "E" in pattern and (chosen // max(1, best) != 2):
+            raise FormatError(
+                f"{where}: field 'topk_group' is {best}, want {chosen // 2}: a group is scored by its best two experts, and "
+                "by num_experts_per_tok / topk_group here"
+            )
         low, high = values.get("time_step_limit") or (0.0, math.inf)
         dt_min = _number(values.get("time_step_min", 1e-3), "time_step_min", where)
         fields: dict[str, Any] = {
@@ -138,14 +143,14 @@ class NemotronH:
             "intermediate_size": get("intermediate_size", 21504),
             "mlp_bias": bool(values.get("mlp_bias", False)),
             "num_experts": get("n_routed_experts", 8),
-            "experts_per_token": get("num_experts_per_tok", 2),
+            "experts_per_token": chosen,
             "moe_intermediate_size": get("moe_intermediate_size", 7688),
             "shared_expert_intermediate_size": get("moe_shared_expert_intermediate_size", 7688),
             "moe_latent_size": values.get("moe_latent_size"),
             "router_score": "sigmoid",
             "router_bias": True,
             "router_groups": groups if groups > 1 else None,
-            "router_groups_topk": get("topk_group", 1) if groups > 1 else None,
+            "router_groups_topk": best if groups > 1 else None,
             "router_scaling": _number(values.get("routed_scaling_factor", 1.0), "routed_scaling_factor", where),
             "router_normalize": bool(values.get("norm_topk_prob", True)),
             "max_position_embeddings": get("max_position_embeddings", 4096),
@@ -212,6 +217,8 @@ class NemotronH:
         ):
             if value != want:
                 _refuse(field, value, want, name)
+        if c.router_groups_topk and c.experts_per_token // c.router_groups_topk != 2:
+            _refuse("router_groups_topk", c.router_groups_topk, c.experts_per_token // 2, name)
         if not c.shared_expert_intermediate_size:
             _refuse("shared_expert_intermediate_size", 0, "a shared expert", name)
         values.update(

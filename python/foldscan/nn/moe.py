@@ -136,7 +136,9 @@ class MoE(nn.Module):
     def _stats(self, logits: torch.Tensor, experts: torch.Tensor) -> RouterStats:
         counts = torch.bincount(experts.detach().reshape(-1).long(), minlength=self.num_experts)
         return RouterStats(
-            ops.load_balancing_loss(logits, experts, self.num_experts), ops.router_z_loss(logits), counts
+            ops.load_balancing_loss(logits, experts, self.num_experts, score=self.gate.score),
+            ops.router_z_loss(logits),
+            counts,
         )
 
     @torch.no_grad()

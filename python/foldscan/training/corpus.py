@@ -25,6 +25,17 @@ def _by_hash(documents: Sequence[Document]) -> list[Document]:
     return sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest())
 
 
+def take_bytes(documents: Sequence[Document], limit: int) -> list[Document]:
+    """Documents of about ``limit`` bytes in all, chosen in the order of a hash of their names."""
+    taken, size = [], 0
+    for document in _by_hash(documents):
+        if size >= limit:
+            break
+        taken.append(document)
+        size += len(document.text.encode())
+    return taken
+
+
 def prepare(
     folder: Path,
     corpus: str,
@@ -40,7 +51,7 @@ def prepare(
         corpus: a name of `foldscan.data.CORPORA`.
         vocab_size: 257 for raw bytes, else byte-level BPE trained on the training documents.
         documents: (training, held-out) already loaded.
-        max_train_bytes: use only so many bytes of training text, in the order of a hash of the names.
+        max_train_bytes: use only about so many bytes of training text (`take_bytes`).
     """
     source = f"{corpus}/{vocab_size}/{max_train_bytes or 'all'}"
     train_path, valid_path = folder / "train.tokens", folder / "valid.tokens"
@@ -50,12 +61,7 @@ def prepare(
             return PreparedData(Tokenizer.load(folder), train, valid)
     training, held_out = documents or load_corpus(corpus)
     if max_train_bytes is not None:
-        training, kept = _by_hash(training), 0
-        for index, document in enumerate(training):
-            kept += len(document.text.encode())
-            if kept >= max_train_bytes:
-                training = training[: index + 1]
-                break
+        training = take_bytes(training, max_train_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     texts = [d.text for d in training]
     tokenizer = Tokenizer.raw_bytes() if vocab_size == 257 else Tokenizer.train(texts, vocab_size)
