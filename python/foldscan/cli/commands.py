@@ -123,6 +123,8 @@ def generate(arguments: argparse.Namespace) -> None:
     from foldscan.models import load_pretrained
 
     path = fetch("smollm2") if arguments.model == "smollm2" else Path(arguments.model)
+    if not path.exists():
+        raise FileNotFoundError(f"--model: {path} does not exist; want a model directory, a .gguf file, or smollm2")
     is_gguf = path.suffix == ".gguf" or not (path / "config.json").is_file() and any(path.rglob("*.gguf"))
     tokenizer = gguf_tokenizer(path) if is_gguf else Tokenizer.load(path)
     engine = Engine(load_pretrained(path), tokenizer, precision="bf16" if arguments.precision == "bf16" else None)
