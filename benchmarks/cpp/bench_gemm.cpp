@@ -7,15 +7,12 @@
 #include <vector>
 
 #include "core/gemm.h"
+#include "core/peak.h"
 
-// "v" is any vector register, "x" only the sixteen that exist without AVX-512.
-#ifdef __AVX512F__
-#define FOLDSCAN_IN_REGISTER(v) "+v"(v)
-#elif defined(__x86_64__)
-#define FOLDSCAN_IN_REGISTER(v) "+x"(v)
-#else
-#define FOLDSCAN_IN_REGISTER(v) "+w"(v)
-#endif
+// The copy of this instruction set, not the one that dispatch would pick.
+namespace foldscan::FOLDSCAN_ISA::probe {
+void peak(const ::foldscan::probe::Peak&);
+}
 
 #define FOLDSCAN_STRING2(x) #x
 #define FOLDSCAN_STRING(x) FOLDSCAN_STRING2(x)
@@ -25,29 +22,11 @@ namespace {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-// Independent accumulators in registers and nothing else: the rate that no kernel can exceed.
-template <class T>
-double peak_once() {
-  constexpr int kAcc = kLanes == 16 ? 24 : 12;
-  constexpr int64_t kIter = 200000;
-  VF acc[kAcc];
-  for (auto& a : acc) a = VF::zero();
-  alignas(64) T ones[64];
-  for (auto& o : ones) o = from_float<T>(1.0f);
-  const auto x = Tile<T>::broadcast(ones);
-  const auto y = Tile<T>::load(ones);
+double peak_once(DType type) {
+  double flops = 0;
   const double t = now();
-  for (int64_t i = 0; i < kIter; ++i) {
-#pragma GCC unroll 24
-    for (int j = 0; j < kAcc; ++j) {
-      acc[j] = Tile<T>::mul_add(x, y, acc[j]);
-      asm volatile("" : FOLDSCAN_IN_REGISTER(acc[j].v));  // the compiler must not merge the chains
-    }
-  }
-  const double seconds = now() - t;
-  float out[kLanes];
-  for (auto& a : acc) a.store(out);
-  return 2.0 * kIter * kAcc * kLanes * kK<T> / seconds * 1e-9;
+  foldscan::FOLDSCAN_ISA::probe::peak({.type = type, .iterations = 200000, .flops = &flops});
+  return flops / (now() - t) * 1e-9;
 }
 
 template <class T>
@@ -76,7 +55,7 @@ void run(const char* dtype) {
     std::vector<float> c(static_cast<size_t>(M * N));
     std::vector<double> gemm, peak;
     for (int round = 0; round < 15; ++round) {
-      peak.push_back(peak_once<T>());
+      peak.push_back(peak_once(sizeof(T) == 4 ? DType::kF32 : DType::kBF16));
       gemm.push_back(gemm_once<T>(M, N, K, a.data(), b.data(), c.data()));
     }
     std::printf(

@@ -74,8 +74,8 @@ struct ScanBackward {
   float* dinitial_states;      // like initial_states, or null
 };
 
-constexpr int64_t kChunk = 64;        // tokens of a chunk: the grid that training and decoding share
-constexpr int64_t kStatePad = 16;     // cached states are padded to a multiple of this in P
+constexpr int64_t kChunk = 64;     // tokens of a chunk: the grid that training and decoding share
+constexpr int64_t kStatePad = 16;  // cached states are padded to a multiple of this in P
 
 // Continues sequences whose past is in a cache; see ops.ScanCache. Sequence i: tokens cu_seqlens[i] .. cu_seqlens[i+1],
 // cache slot slots[i], positions[i] tokens seen before.
@@ -85,9 +85,9 @@ struct ScanExtend {
   const int32_t* slots;
   const int32_t* positions;
   int64_t count;
-  float* state;  // (slots, H, N, round_up(P, kStatePad)): state at the start of the current chunk
-  void* x_rows;  // (slots, kChunk, H, P): the current chunk's tokens so far
-  void* B_rows;  // (slots, kChunk, G, N)
+  float* state;    // (slots, H, N, round_up(P, kStatePad)): state at the start of the current chunk
+  void* x_rows;    // (slots, kChunk, H, P): the current chunk's tokens so far
+  void* B_rows;    // (slots, kChunk, G, N)
   float* dt_rows;  // (slots, kChunk, H)
   void* out;       // (T, H, P)
 };
@@ -95,11 +95,11 @@ struct ScanExtend {
 // One step of the recurrence, in place: state = state * exp(dt A) + dt B x, out = C . state + D x, gated by z.
 // A, D, dt and dt_bias are given per (head, channel) through strides, 0 where they are tied.
 struct StateUpdate {
-  void* state;  // (slots, H, P, N)
-  const void *x, *z;  // (batch, H, P)
-  const float* dt;    // (batch, H, P) through dt_strides
-  const float* A;     // (H, P, N) through A_strides
-  const void *B, *C;  // (batch, G, N)
+  void* state;           // (slots, H, P, N)
+  const void *x, *z;     // (batch, H, P)
+  const float* dt;       // (batch, H, P) through dt_strides
+  const float* A;        // (H, P, N) through A_strides
+  const void *B, *C;     // (batch, G, N)
   const float* D;        // (H, P) through D_strides, or null
   const float* dt_bias;  // (H, P) through bias_strides, or null
   const int32_t* slots;  // (batch) or null: row i; negative = padding, out is zero and no state is touched
@@ -116,10 +116,10 @@ struct Conv {
   void* out;  // forward
   const void* dout;
   void* dx;
-  const float* weight;  // (D, W)
-  const float* bias;    // (D) or null
-  float* dweight;       // (D, W)
-  float* dbias;         // (D)
+  const float* weight;         // (D, W)
+  const float* bias;           // (D) or null
+  float* dweight;              // (D, W)
+  float* dbias;                // (D)
   const void* initial_states;  // (state rows, D, W - 1) or null, x's type
   void* dinitial_states;
   Sequences seqs;
@@ -164,10 +164,10 @@ struct SelectiveScan {
 
 // Gated RMSNorm over groups of `group` channels: before_gate ? norm(x) w * silu(z) : norm(x silu(z)) w, plus bias.
 struct RmsNorm {
-  const void *x, *z;    // (M, D), z or null
+  const void *x, *z;           // (M, D), z or null
   const float *weight, *bias;  // (D), bias or null
-  void* out;            // (M, D)
-  float* rstd;          // (M, D / group)
+  void* out;                   // (M, D)
+  float* rstd;                 // (M, D / group)
   int64_t M, D, group, x_stride, z_stride;
   float eps;
   bool before_gate;

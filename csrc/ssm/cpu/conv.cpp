@@ -1,10 +1,10 @@
 // Causal depthwise convolution with optional SiLU: y[t] = act(bias + sum_w weight[w] x[t - W + 1 + w]).
 //
-// A task stages a tile of tokens x channels (with its W - 1 predecessors) in fp32, tokens by rows, whatever the layout of
-// x: channels are the vector dimension and sequence boundaries only matter while staging.
-// FLOPs: 2 W per element. Bytes: x and out once. Numerics: fp32, bias first, taps in order: the same chain in the
-// one-token update, so decoding has the bits of the full convolution.
-// Determinism: weight gradients are summed over tokens in order by the task that owns the channels.
+// A task stages a tile of tokens x channels (with its W - 1 predecessors) in fp32, tokens by rows, whatever the layout
+// of x: channels are the vector dimension and sequence boundaries only matter while staging. FLOPs: 2 W per element.
+// Bytes: x and out once. Numerics: fp32, bias first, taps in order: the same chain in the one-token update, so decoding
+// has the bits of the full convolution. Determinism: weight gradients are summed over tokens in order by the task that
+// owns the channels.
 #include "core/pack.h"
 #include "core/parallel.h"
 #include "core/vmath.h"
@@ -19,10 +19,11 @@ constexpr int64_t kMaxWidth = 8;
 constexpr int64_t kTokens = 128;   // tokens of a tile
 constexpr int64_t kChannels = 64;  // channels of a tile
 
-// Rows [t0, t0 + n) x channels [d0, d0 + kChannels) of a (row, channel, token) tensor into dst[t][kChannels], fp32, zero
-// beyond D. Tokens are global: row = t / length.
+// Rows [t0, t0 + n) x channels [d0, d0 + kChannels) of a (row, channel, token) tensor into dst[t][kChannels], fp32,
+// zero beyond D. Tokens are global: row = t / length.
 template <class T>
-void stage(const T* x, const int64_t* strides, int64_t length, int64_t t0, int64_t n, int64_t d0, int64_t D, float* dst) {
+void stage(const T* x, const int64_t* strides, int64_t length, int64_t t0, int64_t n, int64_t d0, int64_t D,
+           float* dst) {
   if (n <= 0) return;
   const int64_t row = t0 / length, width = imin(kChannels, D - d0);
   const T* src = x + row * strides[0] + d0 * strides[1] + (t0 - row * length) * strides[2];
@@ -65,9 +66,8 @@ void stage_with_past(const Conv& p, const Segment& seg, int64_t t0, int64_t n, i
     const T* state = static_cast<const T*>(p.initial_states);
     for (int64_t c = 0; c < kChannels; ++c) {
       const int64_t column = past - (seg.begin - (t0 - past + i));
-      dst[i * kChannels + c] = known && d0 + c < p.D
-                                   ? to_float(state[(seg.initial_row * p.D + d0 + c) * past + column])
-                                   : 0.0f;
+      dst[i * kChannels + c] =
+          known && d0 + c < p.D ? to_float(state[(seg.initial_row * p.D + d0 + c) * past + column]) : 0.0f;
     }
   }
   stage(static_cast<const T*>(p.x), p.x_strides, p.seqs.length, t0 - inside, inside + n, d0, p.D,
@@ -138,7 +138,8 @@ void run_forward(const Conv& p) {
   });
 }
 
-// dpre[t] = dout[t] act'(pre[t]); dx[t] = sum_w weight[w] dpre[t + W - 1 - w]; dweight[w] = sum_t dpre[t] x[t - W + 1 + w].
+// dpre[t] = dout[t] act'(pre[t]); dx[t] = sum_w weight[w] dpre[t + W - 1 - w]; dweight[w] = sum_t dpre[t] x[t - W + 1 +
+// w].
 template <class T>
 void run_backward(const Conv& p) {
   Scratch scratch;

@@ -1,10 +1,10 @@
 // Gated, grouped RMSNorm: norm(v) = v / sqrt(mean_group(v^2) + eps).
 //   gate first (Mamba-2): out = norm(x silu(z)) w + b        norm first: out = (norm(x) w + b) silu(z)
 //
-// FLOPs: about 6 per element and one exponential with a gate. Bytes: x, z, out once (a group stays in L1 between passes).
-// Numerics: fp32; the sum of squares runs in kLanes chains in a fixed order, so a row's bits depend on nothing else.
-// Determinism: weight gradients are summed over blocks of 64 rows, then over the blocks in order.
-// Source: arXiv:1910.07467; the gated form is Mamba-2's (arXiv:2405.21060).
+// FLOPs: about 6 per element and one exponential with a gate. Bytes: x, z, out once (a group stays in L1 between
+// passes). Numerics: fp32; the sum of squares runs in kLanes chains in a fixed order, so a row's bits depend on nothing
+// else. Determinism: weight gradients are summed over blocks of 64 rows, then over the blocks in order. Source:
+// arXiv:1910.07467; the gated form is Mamba-2's (arXiv:2405.21060).
 #include "core/pack.h"
 #include "core/parallel.h"
 #include "core/vmath.h"

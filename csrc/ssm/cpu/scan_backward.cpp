@@ -12,7 +12,8 @@
 //
 // FLOPs: T (HP (12 N + 5 Q/2) + 3 G' N Q), G' = head blocks. Extra memory: chunk states of a task's heads,
 //   (L / 64) N P 4 bytes each, and fp32 partial sums of dB and dC for every block of up to eight heads.
-// Numerics: fp32 sums; bf16 operands of products are rounded once. Determinism: dB and dC are summed over heads in order,
+// Numerics: fp32 sums; bf16 operands of products are rounded once. Determinism: dB and dC are summed over heads in
+// order,
 //   in blocks whose size is fixed; nothing depends on the threads.
 // Source: adjoint of arXiv:2405.21060 section 6; verified against the sequential recurrence in fp64 by tests.
 #include "ssm/cpu/scan_chunk.h"
@@ -38,9 +39,9 @@ struct Task {
   float* grad_state;         // (heads, N, ld): dL/dS flowing backwards
   float* dB_part;            // (T, N) fp32 of this block of heads
   float* dC_part;
-  float* dA_sum;      // (heads)
-  float* dbias_sum;   // (heads)
-  float* dD_sum;      // (heads, ld)
+  float* dA_sum;     // (heads)
+  float* dbias_sum;  // (heads)
+  float* dD_sum;     // (heads, ld)
 };
 
 // States at the start of every chunk, by the forward recursion.
@@ -237,8 +238,7 @@ void run_chunk(const Task<T>& k, int64_t c, int64_t chunks) {
       for (int64_t l = 0; l < q; ++l)
         for (int64_t s = 0; s < kChunk; ++s) {
           const bool on = s <= l;
-          forward[l * kChunk + s] =
-              from_float<T>(on ? cbt[s * kChunk + l] * w[l * kChunk + s] * d->delta[s] : 0.0f);
+          forward[l * kChunk + s] = from_float<T>(on ? cbt[s * kChunk + l] * w[l * kChunk + s] * d->delta[s] : 0.0f);
         }
       T* packed_x = inner.get<T>(b_packed_size<T>(q, P));
       pack_b_rows(x, in.x_stride, q, P, packed_x);
@@ -316,9 +316,8 @@ void run_task(Task<T> k) {
   k.states = scratch.get<float>(k.heads * imax(chunks, 1) * size);
   k.grad_state = scratch.get<float>(k.heads * size);
   for (int64_t j = 0; j < k.heads; ++j)
-    load_state(p.dfinal_states && k.seg.final_row >= 0
-                   ? p.dfinal_states + ((k.seg.final_row * in.H + k.h0 + j) * P) * N
-                   : nullptr,
+    load_state(p.dfinal_states && k.seg.final_row >= 0 ? p.dfinal_states + ((k.seg.final_row * in.H + k.h0 + j) * P) * N
+                                                       : nullptr,
                P, N, k.grad_state + j * size, k.ld);
   recompute_states(k, chunks);
   for (int64_t c = chunks - 1; c >= 0; --c) run_chunk(k, c, chunks);

@@ -7,10 +7,10 @@
 //   S_next = w_last S + sum_s B_s (w[last][s] delta_s x_s)                                 one chain of fma per element
 //
 // The decay matrix is a product recursion over rows: a chunk costs Q exponentials instead of Q^2 / 2, and its relative
-// error stays below Q ulp. Tokens beyond the current one never enter a row, so row l of a partial chunk, of a full chunk
-// and of a chunk that is fed token by token is the same sequence of operations.
-// The state is held transposed, (N, P) with P padded, because channels are the vector dimension of both products.
-// Source: Dao & Gu, "Transformers are SSMs" (arXiv:2405.21060), section 6; row-recursive decay is ours.
+// error stays below Q ulp. Tokens beyond the current one never enter a row, so row l of a partial chunk, of a full
+// chunk and of a chunk that is fed token by token is the same sequence of operations. The state is held transposed, (N,
+// P) with P padded, because channels are the vector dimension of both products. Source: Dao & Gu, "Transformers are
+// SSMs" (arXiv:2405.21060), section 6; row-recursive decay is ours.
 #pragma once
 
 #include "core/gemm.h"
@@ -66,8 +66,7 @@ struct Decay {
 
 // Fills d from d.delta, and rows [r0, q) of w (stride kChunk).
 FOLDSCAN_INLINE void fill_decay(float A, int64_t r0, int64_t q, Decay& d, float* w) {
-  for (int64_t i = 0; i < kChunk; i += kLanes)
-    vexp(VF::load(d.delta + i) * VF::set(A)).store(d.step + i);
+  for (int64_t i = 0; i < kChunk; i += kLanes) vexp(VF::load(d.delta + i) * VF::set(A)).store(d.step + i);
   VF row[kVecs];
   for (auto& r : row) r = VF::zero();
   const VF tiny = VF::set(kTiny), one = VF::set(1.0f);
@@ -211,7 +210,8 @@ FOLDSCAN_INLINE void store_state(const float* state, int64_t ld, int64_t P, int6
 
 FOLDSCAN_INLINE int64_t state_ld(int64_t P) { return round_up(P, kStatePad); }
 
-// Heads of a task: a divisor-free split of each group, small enough to give every thread work. Bits do not depend on it.
+// Heads of a task: a divisor-free split of each group, small enough to give every thread work. Bits do not depend on
+// it.
 struct HeadBlocks {
   int64_t per_group, size;
   FOLDSCAN_INLINE HeadBlocks(int64_t heads_per_group, int64_t limit) {

@@ -1,9 +1,9 @@
 // Mamba-2 SSD with a cache: prefill, prefill in pieces and decoding are this one function.
 //
-// The cache of a sequence is the state at the start of its current chunk and the tokens of that chunk so far. New tokens
-// complete the chunk with the arithmetic of scan_chunk.h, so outputs equal those of scan_forward on the whole sequence
-// bit for bit; the state is read at every step but written only once in 64.
-// Bytes of a decode step: the states once (4 H P N), half a chunk of x and B.
+// The cache of a sequence is the state at the start of its current chunk and the tokens of that chunk so far. New
+// tokens complete the chunk with the arithmetic of scan_chunk.h, so outputs equal those of scan_forward on the whole
+// sequence bit for bit; the state is read at every step but written only once in 64. Bytes of a decode step: the states
+// once (4 H P N), half a chunk of x and B.
 #include "ssm/cpu/scan_chunk.h"
 
 namespace foldscan::FOLDSCAN_ISA::ssm {
@@ -66,8 +66,8 @@ void run_sequence(const ScanExtend& p, int64_t i, int64_t g, int64_t h0, int64_t
       fill_decay(in.A[h], offset, q, *d, w);
       chunk_output(group, C, xh, rows.x.ld, *d, w, state, ld, offset, q, N, P, y, ld);
       for (int64_t l = 0; l < added; ++l)
-        finish_row(in, h, y + l * ld, xh + (offset + l) * rows.x.ld,
-                   z ? z + (t + l) * in.z_stride + h * P : nullptr, out + ((t + l) * in.H + h) * P);
+        finish_row(in, h, y + l * ld, xh + (offset + l) * rows.x.ld, z ? z + (t + l) * in.z_stride + h * P : nullptr,
+                   out + ((t + l) * in.H + h) * P);
       if (q == kChunk) chunk_state(group, xh, rows.x.ld, *d, q, N, P, state, ld);
     }
     t += added;

@@ -1,6 +1,7 @@
 // Mamba-2 SSD, forward: chunks of 64 tokens, anchored at the start of each sequence.
 //
-// FLOPs: T (HP (4N + Q) + G N Q) with the causal half counted, Q = 64. Bytes: inputs and output once; the state of a task
+// FLOPs: T (HP (4N + Q) + G N Q) with the causal half counted, Q = 64. Bytes: inputs and output once; the state of a
+// task
 //   stays in L2 and no intermediate of size T x anything leaves it (see scan_chunk.h for numerics and source).
 // A task is one sequence and up to eight heads of one group, which share C B^T.
 // Determinism: every output is written by one task; nothing depends on the split.
@@ -19,9 +20,8 @@ void run_segment(const ScanForward& p, const Segment& seg, int64_t g, int64_t h0
   float* y = scratch.get<float>(kChunk * ld);
   Decay* d = scratch.get<Decay>(1);
   for (int64_t j = 0; j < heads; ++j)
-    load_state(p.initial_states && seg.initial_row >= 0
-                   ? p.initial_states + ((seg.initial_row * in.H + h0 + j) * P) * N
-                   : nullptr,
+    load_state(p.initial_states && seg.initial_row >= 0 ? p.initial_states + ((seg.initial_row * in.H + h0 + j) * P) * N
+                                                        : nullptr,
                P, N, states + j * state_size, ld);
   const T* x = static_cast<const T*>(in.x);
   const T* z = static_cast<const T*>(in.z);

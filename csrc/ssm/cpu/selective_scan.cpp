@@ -16,8 +16,8 @@ namespace {
 
 using namespace foldscan::ssm;
 
-constexpr int64_t kTile = 64;    // tokens of a tile, and distance of the checkpoints
-constexpr int64_t kBlock = 16;   // channels of a block: one vector on AVX-512, fixed so that sums group alike everywhere
+constexpr int64_t kTile = 64;   // tokens of a tile, and distance of the checkpoints
+constexpr int64_t kBlock = 16;  // channels of a block: one vector on AVX-512, fixed so that sums group alike everywhere
 
 template <class T>
 struct Inputs {

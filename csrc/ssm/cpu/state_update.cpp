@@ -26,8 +26,8 @@ void run_head(const StateUpdate& p, int64_t b, int64_t h) {
   const T* C = static_cast<const T*>(p.C) + (b * p.G + g) * N;
   S* state = static_cast<S*>(p.state) + (slot * p.H + h) * P * N;
   // One decay for the head when A and dt are tied over its channels and states.
-  const bool tied = p.A_strides[1] == 0 && p.A_strides[2] == 0 && p.dt_strides[2] == 0 &&
-                    (!p.dt_bias || p.bias_strides[1] == 0);
+  const bool tied =
+      p.A_strides[1] == 0 && p.A_strides[2] == 0 && p.dt_strides[2] == 0 && (!p.dt_bias || p.bias_strides[1] == 0);
   VF decay = VF::zero();
   for (int64_t c = 0; c < P; ++c) {
     VF dt = VF::set(p.dt[b * p.dt_strides[0] + h * p.dt_strides[1] + c * p.dt_strides[2]]);
