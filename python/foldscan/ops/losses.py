@@ -108,7 +108,7 @@ def linear_logprob(
     """Log-probability of the targets, entropy, variance of -log p, and log-sum-exp, in one pass without logits.
 
     All four are differentiable, jointly, once, in hidden, weight and bias. They describe
-    ``softmax(cap(hidden @ weight.T + bias) / temperature)``: the entropy is that of the distribution at this temperature.
+    ``softmax(cap(hidden @ weight.T + bias) / temperature)``: the entropy is that at this temperature.
 
     Args:
         hidden: (N, H). Inside ``torch.autocast`` it is cast to the autocast dtype.

@@ -1,4 +1,4 @@
-"""The best plain-PyTorch formulation of the vocabulary losses: ``F.linear`` and ``F.cross_entropy``, logits in memory."""
+"""The best plain-PyTorch form of the vocabulary losses: ``F.linear`` and ``F.cross_entropy``, logits in memory."""
 
 from __future__ import annotations
 

@@ -29,6 +29,8 @@ def moe_mlp(
     counts = torch.bincount(flat[flat >= 0], minlength=w_up.shape[0]).tolist()
     out = tokens.new_zeros(tokens.shape[0], w_down.shape[1])
     begin = int((flat < 0).sum())
+    # unbind once: indexing per expert would make a gradient of all experts for each of them.
+    ups, downs, gates = w_up.unbind(0), w_down.unbind(0), None if w_gate is None else w_gate.unbind(0)
     for e, n in enumerate(counts):
         if n == 0:
             continue
@@ -36,8 +38,8 @@ def moe_mlp(
         begin += n
         token = ids // k
         x = tokens[token]
-        up = F.linear(x, w_up[e])
-        hidden = activate(up, activation) if w_gate is None else activate(F.linear(x, w_gate[e]), activation) * up
-        y = F.linear(hidden, w_down[e]) * probs.reshape(-1)[ids, None].to(tokens.dtype)
+        up = F.linear(x, ups[e])
+        hidden = activate(up, activation) if gates is None else activate(F.linear(x, gates[e]), activation) * up
+        y = F.linear(hidden, downs[e]) * probs.reshape(-1)[ids, None].to(tokens.dtype)
         out = out.index_add(0, token, y)
     return out
