@@ -17,12 +17,21 @@ from foldscan.ops.moe import (
     unpermute,
 )
 from foldscan.ops.norm import rmsnorm_fn
+from foldscan.ops.pruning import (
+    Compressed24,
+    channel_scores,
+    compress_2_4,
+    group_topk_mask,
+    linear_2_4,
+    sparsity_mask_2_4,
+)
 from foldscan.ops.selective_scan import selective_scan_fn
 from foldscan.ops.ssm_conv import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
 from foldscan.ops.ssm_extend import ScanCache, mamba_chunk_scan_extend
 from foldscan.ops.ssm_scan import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined, selective_state_update
 
 __all__ = [
+    "Compressed24",
     "Permutation",
     "ScanCache",
     "TokenStats",
@@ -30,14 +39,18 @@ __all__ = [
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "causal_conv1d_varlen_states",
+    "channel_scores",
+    "compress_2_4",
     "current_backend",
     "expert_capacity",
     "flash_attn_func",
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
+    "group_topk_mask",
     "grouped_mm",
     "kv_cache_append",
     "linear",
+    "linear_2_4",
     "linear_cross_entropy",
     "linear_kl_div",
     "linear_logprob",
@@ -52,6 +65,7 @@ __all__ = [
     "router_z_loss",
     "selective_scan_fn",
     "selective_state_update",
+    "sparsity_mask_2_4",
     "topk_route",
     "unpermute",
 ]

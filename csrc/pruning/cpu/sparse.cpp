@@ -1,0 +1,226 @@
+// 2:4 sparse weights: mask, compression, and the linear layer that reads the compressed form.
+//
+// Algorithm: a task owns kRows x kColumns outputs. For a piece of K it expands panels of the compressed weight into the
+//   layout of the GEMM micro-kernel, in L1, and multiplies; with few rows that streams the compressed bytes from memory
+//   once, with many the expansion is shared by all rows of the task.
+// FLOPs: 2 M N K (the zeros are multiplied). Bytes of the weight: 9/16 of a dense bf16 one, 17/32 of fp32, once for
+// every
+//   kRows rows.
+// Numerics and determinism: every output is one chain over k in order, zeros included, as in csrc/linear: the same bits
+//   as that layer with the dense masked weight, whatever the number of rows and threads.
+#include "core/matmul.h"
+#include "pruning/pruning.h"
+
+namespace foldscan::FOLDSCAN_ISA::pruning {
+namespace {
+
+using namespace foldscan::pruning;
+
+constexpr int64_t kRows = 192;
+constexpr int64_t kColumns = 4 * kNR;
+// K of an expanded piece, a multiple of 8 (one byte of codes): a panel of it is 32 KB.
+template <class T>
+constexpr int64_t kPiece = 32768 / (kNR * 4) * kK<T>;
+
+// Two kept values and their places for kNR columns of one group of four k, zero beyond `width`.
+template <class T>
+struct Group {
+  T v0[kNR], v1[kNR];
+  uint8_t code[kNR];
+};
+
+template <class T, class W>
+FOLDSCAN_INLINE void load_group(const W* values, const uint8_t* codes, int64_t N, int64_t group, int64_t n,
+                                int64_t width, Group<T>& g) {
+  copy_row(values + 2 * group * N + n, width, g.v0, kNR);
+  copy_row(values + (2 * group + 1) * N + n, width, g.v1, kNR);
+  const uint8_t* code = codes + group / 2 * N + n;
+  const int shift = group % 2 ? 4 : 0;
+  for (int64_t i = 0; i < width; ++i) g.code[i] = static_cast<uint8_t>((code[i] >> shift) & 15);
+  for (int64_t i = width; i < kNR; ++i) g.code[i] = 4;
+}
+
+FOLDSCAN_INLINE uint32_t bits_of(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+FOLDSCAN_INLINE uint32_t bits_of(bf16 x) { return x.bits; }
+
+// The value at place k of the group, or zero. Written with masks so that the loop over columns vectorises.
+template <class T>
+FOLDSCAN_INLINE uint32_t place(const Group<T>& g, int64_t i, uint32_t k) {
+  const uint32_t is0 = -static_cast<uint32_t>((g.code[i] & 3u) == k);
+  const uint32_t is1 = -static_cast<uint32_t>((g.code[i] >> 2 & 3u) == k);
+  return (bits_of(g.v0[i]) & is0) | (bits_of(g.v1[i]) & is1);
+}
+
+// K rows [k, k + count) (multiples of 4) of the panel at column n, packed as pack_b does.
+template <class T, class W>
+void expand_panel(const W* values, const uint8_t* codes, int64_t N, int64_t k, int64_t count, int64_t n, int64_t width,
+                  T* dst) {
+  Group<T> g;
+  uint32_t* to = reinterpret_cast<uint32_t*>(dst);
+  for (int64_t j = 0; j < count; j += 4) {
+    load_group(values, codes, N, (k + j) / 4, n, width, g);
+    if constexpr (sizeof(T) == 4) {
+      for (uint32_t r = 0; r < 4; ++r, to += kNR)
+        for (int64_t i = 0; i < kNR; ++i) to[i] = place(g, i, r);
+    } else {
+      for (uint32_t r = 0; r < 4; r += 2, to += kNR)
+        for (int64_t i = 0; i < kNR; ++i) to[i] = place(g, i, r) | place(g, i, r + 1) << 16;
+    }
+  }
+}
+
+template <class X, class W>
+void run_linear(const Linear24& p) {
+  const int64_t mb = ceil_div(p.M, kRows), columns = mb == 1 ? kNR : kColumns, nb = ceil_div(p.N, columns);
+  const StridedRows<X, X> load_a{static_cast<const X*>(p.x), p.x_row, 1};
+  const W* values = static_cast<const W*>(p.values);
+  parallel_for(mb * nb, grain_for(imin(p.M, kRows) * columns * p.K / 16), [&](int64_t task) {
+    const int64_t m0 = task % mb * kRows, n0 = task / mb * columns;
+    const int64_t rows = imin(kRows, p.M - m0), cols = imin(columns, p.N - n0);
+    Scratch scratch;
+    X* a = scratch.get<X>(kRows * (kPiece<X> + 2));
+    X* b = scratch.get<X>(kPiece<X> * kNR);
+    float* c = scratch.get<float>(kRows * kColumns);
+    constexpr int64_t lda = kPiece<X> + 2;
+    for (int64_t k = 0; k < p.K || k == 0; k += kPiece<X>) {
+      const int64_t count = imin(kPiece<X>, p.K - k);
+      load_a(m0, rows, k, count, a, lda);
+      for (int64_t n = 0; n < cols; n += kNR) {
+        const int64_t width = imin(kNR, cols - n);
+        expand_panel(values, p.codes, p.N, k, count, n0 + n, width, b);
+        gemm_block<X>(rows, width, count, a, lda, kK<X>, b, kNR * kK<X>, 0, c + n, kColumns, k > 0);
+      }
+    }
+    X* out = static_cast<X*>(p.out) + m0 * p.N + n0;
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t n = 0; n < cols; n += kLanes) {
+        VF v = load_upto(c + m * kColumns + n, cols - n);
+        if (p.bias) v = v + load_upto(p.bias + n0 + n, cols - n);
+        store_upto(v, out + m * p.N + n, cols - n);
+      }
+  });
+}
+
+// dx (M, K) = dout (M, N) W: the weight is expanded to dense (K, N) once and packed along K.
+template <class X, class W>
+void run_backward(const Linear24Backward& p) {
+  const X* dout = static_cast<const X*>(p.dout);
+  if (p.dx) {
+    Scratch scratch;
+    X* dense = scratch.get<X>(p.K * p.N);
+    parallel_for(p.K / 4, grain_for(p.N * 4), [&](int64_t group) {
+      Group<X> g;
+      for (int64_t n = 0; n < p.N; n += kNR) {
+        const int64_t width = imin(kNR, p.N - n);
+        load_group(static_cast<const W*>(p.values), p.codes, p.N, group, n, width, g);
+        for (uint32_t r = 0; r < 4; ++r)
+          for (int64_t i = 0; i < width; ++i) {
+            const uint32_t u = place(g, i, r);
+            std::memcpy(dense + (4 * group + r) * p.N + n + i, &u, sizeof(X));
+          }
+      }
+    });
+    X* packed = scratch.get<X>(b_packed_size<X>(p.N, p.K));
+    pack_b_parallel(dense, 1, p.N, p.N, p.K, packed);
+    X* dx = static_cast<X*>(p.dx);
+    matmul<X>(
+        p.M, p.K, p.N, StridedRows<X, X>{dout, p.N, 1}, packed,
+        [&](int64_t m, int64_t k, const float* row, int64_t count) { copy_row(row, count, dx + m * p.K + k, count); });
+  }
+  if (p.dbias) {
+    parallel_for(ceil_div(p.N, kLanes), grain_for(p.M), [&](int64_t i) {
+      const int64_t n = i * kLanes;
+      VF sum = VF::zero();
+      for (int64_t m = 0; m < p.M; ++m) sum = sum + load_upto(dout + m * p.N + n, p.N - n);
+      store_upto(sum, p.dbias + n, p.N - n);
+    });
+  }
+}
+
+template <class T>
+void run_mask(const Mask24& p) {
+  const T* scores = static_cast<const T*>(p.scores);
+  parallel_for(p.rows, grain_for(p.cols * 4), [&](int64_t r) {
+    for (int64_t c = 0; c < p.cols; c += 4) {
+      float s[4];
+      for (int i = 0; i < 4; ++i) {
+        s[i] = to_float(scores[r * p.cols + c + i]);
+        if (p.magnitude && s[i] < 0) s[i] = -s[i];
+      }
+      int first = 0;
+      for (int i = 1; i < 4; ++i)
+        if (s[i] > s[first]) first = i;
+      int second = first == 0 ? 1 : 0;
+      for (int i = second + 1; i < 4; ++i)
+        if (i != first && s[i] > s[second]) second = i;
+      for (int i = 0; i < 4; ++i) p.mask[r * p.cols + c + i] = i == first || i == second;
+    }
+  });
+}
+
+template <class T>
+void run_compress(const Compress24& p) {
+  const T* weight = static_cast<const T*>(p.weight);
+  T* values = static_cast<T*>(p.values);
+  // A task takes the groups of a few cache lines of every row.
+  constexpr int64_t kGroups = 16;
+  parallel_for(ceil_div(p.K / 4, kGroups), grain_for(p.N * kGroups * 8), [&](int64_t task) {
+    const int64_t begin = task * kGroups, end = imin(p.K / 4, begin + kGroups);
+    for (int64_t n = 0; n < p.N; ++n)
+      for (int64_t g = begin; g < end; ++g) {
+        const bool* kept = p.mask + n * p.K + 4 * g;
+        const T* w = weight + n * p.K + 4 * g;
+        int place[2] = {0, 0}, found = 0;
+        for (int i = 0; i < 4; ++i)
+          if (kept[i] && found < 2) place[found++] = i;
+        for (int i = 0; i < 2; ++i) values[(2 * g + i) * p.N + n] = w[place[i]];
+        uint8_t& byte = p.codes[g / 2 * p.N + n];
+        const uint8_t code = static_cast<uint8_t>(place[0] + 4 * place[1]);
+        byte = static_cast<uint8_t>(g % 2 ? byte | code << 4 : code);
+      }
+  });
+}
+
+}  // namespace
+
+void linear_2_4(const Linear24& p) {
+  if (p.x_type == DType::kF32) {
+    run_linear<float, float>(p);
+  } else if (p.value_type == DType::kF32) {
+    run_linear<bf16, float>(p);
+  } else {
+    run_linear<bf16, bf16>(p);
+  }
+}
+
+void linear_2_4_backward(const Linear24Backward& p) {
+  if (p.x_type == DType::kF32) {
+    run_backward<float, float>(p);
+  } else if (p.value_type == DType::kF32) {
+    run_backward<bf16, float>(p);
+  } else {
+    run_backward<bf16, bf16>(p);
+  }
+}
+
+void mask_2_4(const Mask24& p) {
+  if (p.type == DType::kF32) {
+    run_mask<float>(p);
+  } else {
+    run_mask<bf16>(p);
+  }
+}
+
+void compress_2_4(const Compress24& p) {
+  if (p.type == DType::kF32) {
+    run_compress<float>(p);
+  } else {
+    run_compress<bf16>(p);
+  }
+}
+
+}  // namespace foldscan::FOLDSCAN_ISA::pruning
