@@ -104,8 +104,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save(folder / "tokenizer.json")
     write_token_file(folder / "t", ["x = 1\ny = 2\n" * 30] * 4, tokenizer)
     config = {
-        "model": {"pattern": "M*", "hidden_size": 16, "mamba_num_heads": 2, "mamba_head_dim": 8, "state_size": 8,
-                  "num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
+        "model": {
+            "pattern": "M*",
+            "hidden_size": 16,
+            "mamba_num_heads": 2,
+            "mamba_head_dim": 8,
+            "state_size": 8,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "head_dim": 8,
+        },
         "run_dir": str(folder / "run"),
         "train_data": str(folder / "t"),
         "valid_data": str(folder / "t"),
@@ -113,7 +121,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "batch_tokens": 64,
         "log_every": 1,
         "tensorboard": False,
-    }  # fmt: skip
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["train", "--config", str(folder / "config.yaml"), "--set", "steps=3", "--set", "lr=1e-2"]) == 0
     return folder
@@ -140,7 +148,11 @@ def test_generating_streams_what_json_holds(trained: Path, capsys: pytest.Captur
 
 
 def test_the_module_runs_as_a_program() -> None:
-    done = subprocess.run([sys.executable, "-m", "foldscan", "data", "list"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "foldscan", "data", "list"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and "stdlib" in done.stdout
-    broken = subprocess.run([sys.executable, "-m", "foldscan", "train", "--config", "no"], capture_output=True, text=True)
+    broken = subprocess.run(
+        [sys.executable, "-m", "foldscan", "train", "--config", "no"], capture_output=True, text=True
+    )
     assert broken.returncode == 1 and "Traceback" not in broken.stderr

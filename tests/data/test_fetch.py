@@ -33,7 +33,9 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tools = tmp_path / "tools"
     tools.mkdir()
     client = tools / "npm"
-    client.write_text(f"#!/bin/sh\ncp {tools}/archive.tgz ./archive.tgz 2>/dev/null || {{ echo offline >&2; exit 7; }}\n")
+    client.write_text(
+        f"#!/bin/sh\ncp {tools}/archive.tgz ./archive.tgz 2>/dev/null || {{ echo offline >&2; exit 7; }}\n"
+    )
     client.chmod(client.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FOLDSCAN_CACHE", str(tmp_path / "cache"))
@@ -72,9 +74,7 @@ def test_a_wrong_checksum_leaves_nothing(registry: Path, monkeypatch: pytest.Mon
     assert not list((tmp_path / "cache").glob("*")) if (tmp_path / "cache").exists() else True
 
 
-def test_members_outside_the_cache_are_refused(
-    registry: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_members_outside_the_cache_are_refused(registry: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     publish(registry, monkeypatch, tgz({"package/data/../../../../evil.txt": b"evil"}))
     with pytest.raises(FetchError, match="outside"):
         fetch("toy")

@@ -1,7 +1,5 @@
 """The sampler reads every token once an epoch, never across documents unlabelled, and resumes anywhere."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -25,7 +23,9 @@ def successor(file: TokenFile) -> dict[tuple[int, ...], int]:
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(batch_tokens=st.integers(1, 70), max_length=st.integers(1, 50), seed=st.integers(0, 2**64 - 1))
-def test_an_epoch_is_a_permutation_of_all_tokens(file: TokenFile, batch_tokens: int, max_length: int, seed: int) -> None:
+def test_an_epoch_is_a_permutation_of_all_tokens(
+    file: TokenFile, batch_tokens: int, max_length: int, seed: int
+) -> None:
     sampler = PackedSampler(file, batch_tokens=batch_tokens, max_length=max_length, seed=seed)
     seen: list[int] = []
     while len(seen) < file.num_tokens:

@@ -30,7 +30,14 @@ def report(**changes: object) -> Report:
         "seconds": 12.3,
         "total_seconds": 45.0,
         "config": {"run_dir": EVIL},
-        "environment": {"versions": {"torch": "2"}, "cpus": 2, "threads": 2, "machine": "x", "python": "3", "commit": None},
+        "environment": {
+            "versions": {"torch": "2"},
+            "cpus": 2,
+            "threads": 2,
+            "machine": "x",
+            "python": "3",
+            "commit": None,
+        },
         **changes,
     }
     return Report(**values)

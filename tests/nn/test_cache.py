@@ -68,9 +68,17 @@ def test_errors_change_nothing() -> None:
 def test_a_released_slot_starts_afresh() -> None:
     torch.manual_seed(0)
     config = HybridConfig(
-        pattern="M*", vocab_size=31, hidden_size=16, mamba_num_heads=2, mamba_head_dim=8, state_size=8, num_heads=2,
-        num_kv_heads=1, head_dim=8, initializer_range=0.3,
-    )  # fmt: skip
+        pattern="M*",
+        vocab_size=31,
+        hidden_size=16,
+        mamba_num_heads=2,
+        mamba_head_dim=8,
+        state_size=8,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        initializer_range=0.3,
+    )
     model = HybridLM(config).eval()
     ids = torch.randint(0, 31, (9,))
     cache = model.new_cache(1, 16, page_size=4)

@@ -51,8 +51,9 @@ def assert_same_bits(a: Path, b: Path) -> None:
     assert first.keys() == second.keys()
     different = [n for n in first if not torch.equal(first[n], second[n])]
     assert not different
-    assert json.loads((checkpoints(a)[-1] / "training.json").read_text())["data"] == (
-        json.loads((checkpoints(b)[-1] / "training.json").read_text())["data"]
+    assert (
+        json.loads((checkpoints(a)[-1] / "training.json").read_text())["data"]
+        == (json.loads((checkpoints(b)[-1] / "training.json").read_text())["data"])
     )
 
 
@@ -191,6 +192,16 @@ def test_decay_acts_on_matrices_only(data: Path, tmp_path: Path) -> None:
 def test_a_gradient_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="gradient norm"):
         small_run.run(data, tmp_path / "run", lr=1e30, min_lr=0.0, warmup_steps=0, clip_norm=0.0, precision="fp32")
+
+
+def test_a_run_limited_in_time_ends_in_time(data: Path, tmp_path: Path) -> None:
+    result = small_run.run(data, tmp_path / "run", steps=100000, max_seconds=0.5, eval_every=50000, checkpoint_every=0)
+    assert 0 < result.progress.step < 100000 and result.progress.seconds >= 0.5
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert records[-1]["kind"] == "eval" and len([r for r in records if r["kind"] == "eval"]) <= 2
+    train = [r for r in records if r["kind"] == "train"]
+    assert train[-1]["done"] == 1 and train[-1]["lr"] < 2e-3
+    assert checkpoints(tmp_path / "run") == [result.checkpoint]
 
 
 def test_tensorboard_files_appear(data: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from foldscan.models import FormatError, HybridConfig
 from foldscan.training import TrainConfig, learning_rate
+from foldscan.training.schedule import fraction_done, is_due
 
 MODEL = {"pattern": "M-", "vocab_size": 32, "hidden_size": 16}
 
@@ -35,7 +36,7 @@ def test_cosine_ends_at_the_minimum() -> None:
     assert learning_rate(c, 55) == pytest.approx(0.55)
     assert learning_rate(c, 99) == pytest.approx(0.1, abs=2e-3)
     rates = [learning_rate(c, s) for s in range(10, 100)]
-    assert all(a >= b for a, b in zip(rates, rates[1:]))
+    assert rates == sorted(rates, reverse=True)
 
 
 def test_wsd_is_flat_then_falls() -> None:
@@ -44,6 +45,23 @@ def test_wsd_is_flat_then_falls() -> None:
     assert learning_rate(c, 88) == pytest.approx(1 - 0.9 * 13 / 25)
     assert learning_rate(c, 100) == pytest.approx(0.1)
     assert {learning_rate(config(schedule="constant"), s) for s in range(10, 100)} == {1.0}
+
+
+def test_limited_time_pulls_the_schedule_along() -> None:
+    c = config(max_seconds=10.0, schedule="wsd", decay_fraction=0.5)
+    assert fraction_done(c, 20, 1.0) == 0.2 and fraction_done(c, 20, 6.0) == 0.6 and fraction_done(c, 20, 11.0) == 1.0
+    assert learning_rate(c, 20, 1.0) == 1.0
+    assert learning_rate(c, 20, 7.5) == pytest.approx(0.55) == learning_rate(c, 75, 1.0)
+    assert learning_rate(config(), 20, 1e9) == learning_rate(config(), 20)
+
+
+def test_what_is_due_is_due_as_often_with_limited_time() -> None:
+    assert [s for s in range(1, 11) if is_due(config(), 3, s, 0.0, 0.0)] == [3, 6, 9]
+    assert not is_due(config(), 0, 3, 0.0, 1.0)
+    c = config(max_seconds=10.0)
+    fractions = [0.0, 0.05, 0.3, 0.31, 0.8, 1.0]
+    due = [is_due(c, 25, s, fractions[s - 1], fractions[s]) for s in range(1, 6)]
+    assert due == [False, True, False, True, True]
 
 
 def test_yaml_round_trip_and_overrides(tmp_path: Path) -> None:

@@ -83,7 +83,9 @@ def data_prepare(arguments: argparse.Namespace) -> None:
         _print_json({"vocab_size": data.tokenizer.vocab_size, **record})
         return
     for name, row in record.items():
-        print(f"{name}: {row['documents']} documents, {row['tokens']:,} tokens, {row['bytes']:,} bytes in {row['path']}")
+        print(
+            f"{name}: {row['documents']} documents, {row['tokens']:,} tokens, {row['bytes']:,} bytes in {row['path']}"
+        )
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -125,7 +127,7 @@ def generate(arguments: argparse.Namespace) -> None:
     path = fetch("smollm2") if arguments.model == "smollm2" else Path(arguments.model)
     if not path.exists():
         raise FileNotFoundError(f"--model: {path} does not exist; want a model directory, a .gguf file, or smollm2")
-    is_gguf = path.suffix == ".gguf" or not (path / "config.json").is_file() and any(path.rglob("*.gguf"))
+    is_gguf = path.suffix == ".gguf" or (not (path / "config.json").is_file() and any(path.rglob("*.gguf")))
     tokenizer = gguf_tokenizer(path) if is_gguf else Tokenizer.load(path)
     engine = Engine(load_pretrained(path), tokenizer, precision="bf16" if arguments.precision == "bf16" else None)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt

@@ -45,7 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
     train = subs.add_parser("train", help="train a model as a YAML file says")
     train.add_argument("--config", required=True, metavar="FILE", help="a TrainConfig as YAML; see docs/training.md")
     train.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field, such as model.hidden_size=128"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a field, such as model.hidden_size=128",
     )
     train.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint, if any")
     _json_flag(train)
@@ -55,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", help="text; - to read it from standard input")
     generate.add_argument("--model", required=True, metavar="DIR", help="a model directory, a .gguf file, or smollm2")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
-    generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 for greedy; default: %(default)s")
+    generate.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0 for greedy; default: %(default)s"
+    )
     generate.add_argument("--top-k", type=int, default=0, metavar="K", help="0 for all; default: %(default)s")
     generate.add_argument("--top-p", type=float, default=0.95, metavar="P", help="1 for all; default: %(default)s")
     generate.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
@@ -66,7 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = subs.add_parser("demo", help="train a small hybrid model on real text and write a report")
     demo.add_argument("--corpus", default="stdlib", help="stdlib (no download) or english; default: %(default)s")
-    demo.add_argument("--run-dir", default="runs/demo", metavar="DIR", help="default: %(default)s; replaced if it is there")
+    demo.add_argument(
+        "--run-dir", default="runs/demo", metavar="DIR", help="default: %(default)s; replaced if it is there"
+    )
     demo.add_argument("--seconds", type=float, metavar="S", help="how long to train (default: 150, smoke: 8)")
     demo.add_argument("--smoke", action="store_true", help="a small version of everything, in well under a minute")
     demo.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
@@ -79,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0, or 1 after an error told in one line on standard error, 130 after an interrupt. (argparse itself exits with 2.)
+        0; 1 after an error, told in one line on standard error; 130 after an interrupt. (argparse itself exits with 2.)
     """
     arguments = build_parser().parse_args(argv)
     try:

@@ -45,7 +45,9 @@ def packages() -> dict[str, Package]:
     table = {}
     for name, entry in yaml.safe_load(text).items():
         try:
-            table[name] = Package(name=name, **{**entry, "keep": tuple(entry["keep"]), "version": str(entry["version"])})
+            table[name] = Package(
+                name=name, **{**entry, "keep": tuple(entry["keep"]), "version": str(entry["version"])}
+            )
         except (KeyError, TypeError) as error:
             raise FormatError(f"packages.yaml: entry {name!r}: {error}") from None
     return table
@@ -125,10 +127,10 @@ def _unpack(archive: Path, keep: Sequence[str], root: Path) -> None:
         with tarfile.open(archive) as tar:
             for info in tar:
                 if info.isfile() and _wanted(info.name, keep):
-                    source = tar.extractfile(info)
-                    assert source is not None
-                    with source, open(_target(root, info.name, archive), "wb") as out:
-                        shutil.copyfileobj(source, out)
+                    content = tar.extractfile(info)
+                    assert content is not None
+                    with content, open(_target(root, info.name, archive), "wb") as out:
+                        shutil.copyfileobj(content, out)
 
 
 def fetch(name: str, *, cache: Path | None = None, download: bool = True) -> Path:

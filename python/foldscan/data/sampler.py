@@ -150,8 +150,8 @@ def sequential_batches(
 ) -> Iterator[PackedBatch]:
     """Whole documents in file order for evaluation, in batches of about ``batch_tokens`` tokens.
 
-    Pieces are never cut at a batch's end (a batch is at most ``batch_tokens + max_length - 1`` tokens), and the bytes of
-    a document are counted in the batch where it ends, so that the sums over all batches give bits per byte.
+    Pieces are never cut at a batch's end (a batch is at most ``batch_tokens + max_length - 1`` tokens), and the bytes
+    of a document are counted in the batch where it ends, so that the sums over all batches give bits per byte.
     """
     if batch_tokens < 1 or max_length < 1:
         raise ValueError(f"batch_tokens, max_length: got {batch_tokens}, {max_length}, want at least 1")

@@ -1,8 +1,9 @@
-"""Charts as inline SVG, coloured by the page's CSS variables: lines, bars, heat maps. No script, no file, no library."""
+"""Charts as inline SVG, coloured by the page's CSS variables: lines, bars, heat maps. No script and no library."""
 
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,14 +90,20 @@ def line_chart(
     out = _open(width, height, title)
     for tick in nice_ticks(low, high):
         out.append(f'<line class="grid" x1="{left}" x2="{edge}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>')
-        out.append(f'<text class="tick" x="{left - 8}" y="{py(tick) + 4:.1f}" text-anchor="end">{format_y(tick)}</text>')
+        out.append(
+            f'<text class="tick" x="{left - 8}" y="{py(tick) + 4:.1f}" text-anchor="end">{format_y(tick)}</text>'
+        )
     for tick in nice_ticks(0, right, 6):
-        out.append(f'<text class="tick" x="{px(tick):.1f}" y="{bottom + 17}" text-anchor="middle">{compact(tick)}</text>')
+        out.append(
+            f'<text class="tick" x="{px(tick):.1f}" y="{bottom + 17}" text-anchor="middle">{compact(tick)}</text>'
+        )
     out.append(f'<text class="tick" x="{edge}" y="{height - 3}" text-anchor="end">{html.escape(x_label)}</text>')
     for level, y in zip(levels, _spread([py(v.value) for v in levels], 15)):
         at = py(level.value)
         out.append(f'<line class="level" x1="{left}" x2="{edge}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        out.append(f'<text class="level-label" x="{edge}" y="{y - 5:.1f}" text-anchor="end">{html.escape(level.label)}</text>')
+        out.append(
+            f'<text class="level-label" x="{edge}" y="{y - 5:.1f}" text-anchor="end">{html.escape(level.label)}</text>'
+        )
     for item in series:
         points = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in item.points)
         if item.style.startswith("dots"):
@@ -130,7 +137,9 @@ def bar_chart(groups: Sequence[tuple[str, Sequence[tuple[str, float, str]]]], *,
         for label, value, style in bars:
             length = max(2.0, (width - label_width - 110) * value / largest)
             out.append(f'<text class="bar-label" x="0" y="{y + 21}">{html.escape(label)}</text>')
-            out.append(f'<rect class="{style}" x="{label_width}" y="{y + 3}" width="{length:.1f}" height="{row - 12}" rx="4"/>')
+            out.append(
+                f'<rect class="{style}" x="{label_width}" y="{y + 3}" width="{length:.1f}" height="{row - 12}" rx="4"/>'
+            )
             text = f"{value:,.0f} {unit}"
             out.append(f'<text class="bar-value" x="{label_width + length + 8:.1f}" y="{y + 21}">{text}</text>')
             y += row
@@ -170,5 +179,5 @@ def condense(rows: Sequence[Sequence[float]], columns: int) -> list[list[float]]
     for row in rows:
         n = min(columns, len(row))
         edges = [round(i * len(row) / n) for i in range(n + 1)] if n else []
-        out.append([sum(row[a:b]) / (b - a) for a, b in zip(edges, edges[1:])])
+        out.append([sum(row[a:b]) / (b - a) for a, b in itertools.pairwise(edges)])
     return out

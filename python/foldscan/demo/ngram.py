@@ -99,7 +99,9 @@ def lzma_bits_per_byte(texts: Sequence[bytes]) -> float:
 
 def lzma_primed_bits_per_byte(training: bytes, texts: Sequence[bytes]) -> float:
     """What lzma needs for the texts when it has just compressed the training text: the fair peer of a trained model."""
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << max(16, math.ceil(math.log2(len(training) + 1)))}]
+    filters = [
+        {"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << max(16, math.ceil(math.log2(len(training) + 1)))}
+    ]
 
     def size(data: bytes) -> int:
         return len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=filters))

@@ -12,12 +12,14 @@ from foldscan.demo.charts import Level, Series, bar_chart, condense, heatmap, li
 from foldscan.models.files import atomic_write_text
 
 _STYLE = """
-:root{color-scheme:light dark;--bg:#f6f5f1;--card:#fff;--ink:#1d2130;--soft:#666c7d;--rule:#e4e2da;--a:#2457c5;--b:#d9622b;
---good:#1a7f52;--bad:#b3423a;--code:#f4f3ee}
-@media(prefers-color-scheme:dark){:root{--bg:#12141b;--card:#1a1d27;--ink:#e8e9ee;--soft:#9aa0b2;--rule:#2b2f3c;--a:#7aa5ff;
---b:#ff9a66;--good:#5fcf9a;--bad:#f08a80;--code:#141721}}
+:root{color-scheme:light dark;--bg:#f6f5f1;--card:#fff;--ink:#1d2130;--soft:#666c7d;--rule:#e4e2da;--a:#2457c5;
+--b:#d9622b;--good:#1a7f52;--bad:#b3423a;--code:#f4f3ee}
+@media(prefers-color-scheme:dark){:root{--bg:#12141b;--card:#1a1d27;--ink:#e8e9ee;--soft:#9aa0b2;--rule:#2b2f3c;
+--a:#7aa5ff;--b:#ff9a66;--good:#5fcf9a;--bad:#f08a80;--code:#141721}
+}
 *{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+body{margin:0;background:var(--bg);color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:44px 24px 64px}
 header .mark{font-weight:700;letter-spacing:.02em;color:var(--a);font-size:15px}
 h1{font-size:34px;line-height:1.15;margin:6px 0 10px;letter-spacing:-.02em;text-wrap:balance}
@@ -32,29 +34,48 @@ h2{font-size:18px;margin:0 0 2px;letter-spacing:-.01em}
 .tile .unit{font-size:14px;margin-bottom:4px}
 .tile .more{font-size:13px;color:var(--soft)}
 .grid2{display:grid;grid-template-columns:1fr 1fr;gap:14px}
-@media(max-width:860px){.grid2{grid-template-columns:1fr}}
+@media(max-width:860px){.grid2{grid-template-columns:1fr}
+}
 .card{padding:20px 22px;margin-bottom:14px;min-width:0}
-.grid2 .card{margin-bottom:0}.grid2{margin-bottom:14px}
-svg{width:100%;height:auto;display:block;overflow:visible;font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-svg .grid{stroke:var(--rule);stroke-width:1}svg .tick{fill:var(--soft);font-variant-numeric:tabular-nums}
+.grid2 .card{margin-bottom:0}
+.grid2{margin-bottom:14px}
+svg{width:100%;height:auto;display:block;overflow:visible;
+font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+svg .grid{stroke:var(--rule);stroke-width:1}
+svg .tick{fill:var(--soft);font-variant-numeric:tabular-nums}
 polyline{fill:none;stroke-width:2.2;stroke-linejoin:round;stroke-linecap:round}
-.line-a{stroke:var(--a)}.line-b,polyline.dots-b{stroke:var(--b)}circle.dots-b{fill:var(--b)}
+.line-a{stroke:var(--a)}
+.line-b,polyline.dots-b{stroke:var(--b)}
+circle.dots-b{fill:var(--b)}
 polyline.faint{stroke:var(--a);stroke-width:1;opacity:.28}
-.level{stroke:var(--soft);stroke-width:1.2;stroke-dasharray:5 5}.level-label{fill:var(--soft)}
-rect.bar-a{fill:var(--a)}rect.bar-b{fill:var(--soft);opacity:.55}.bar-group{fill:var(--ink);font-weight:600}
-.bar-label{fill:var(--soft)}.bar-value{fill:var(--ink);font-variant-numeric:tabular-nums}rect.heat{fill:var(--a)}
+.level{stroke:var(--soft);stroke-width:1.2;stroke-dasharray:5 5}
+.level-label{fill:var(--soft)}
+rect.bar-a{fill:var(--a)}
+rect.bar-b{fill:var(--soft);opacity:.55}
+.bar-group{fill:var(--ink);font-weight:600}
+.bar-label{fill:var(--soft)}
+.bar-value{fill:var(--ink);font-variant-numeric:tabular-nums}
+rect.heat{fill:var(--a)}
 .samples{display:grid;grid-template-columns:repeat(auto-fit,minmax(330px,1fr));gap:14px}
 figure{margin:0;border:1px solid var(--rule);border-radius:10px;overflow:hidden;min-width:0;display:flex;
 flex-direction:column;background:var(--code)}
 figcaption{font-size:12.5px;padding:6px 12px;border-top:1px solid var(--rule);background:var(--card)}
-.yes{color:var(--good)}.no{color:var(--bad)}
-pre{margin:0;flex:1;padding:12px;background:var(--code);overflow:auto;font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,
-"DejaVu Sans Mono",monospace;max-height:330px;white-space:pre-wrap;overflow-wrap:anywhere}
+.yes{color:var(--good)}
+.no{color:var(--bad)}
+pre{margin:0;flex:1;padding:12px;background:var(--code);overflow:auto;
+font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;max-height:330px;
+white-space:pre-wrap;overflow-wrap:anywhere}
 pre b{font-weight:600;color:var(--a)}
-table{border-collapse:collapse;width:100%;font-size:14px}td,th{text-align:left;padding:6px 10px 6px 0;border-bottom:1px solid
-var(--rule);vertical-align:top}th{color:var(--soft);font-weight:500}td.n,th.n{text-align:right;white-space:nowrap;padding-left:10px;font-variant-numeric:tabular-nums}
-tr.ours td{font-weight:650;color:var(--a)}tr:last-child td,tr:last-child th{border-bottom:0}td:first-child{white-space:nowrap}
-details{margin-top:12px}summary{cursor:pointer;color:var(--soft);font-size:14px}details pre{margin-top:10px;border-radius:10px}
+table{border-collapse:collapse;width:100%;font-size:14px}
+td,th{text-align:left;padding:6px 10px 6px 0;border-bottom:1px solidvar(--rule);vertical-align:top}
+th{color:var(--soft);font-weight:500}
+td.n,th.n{text-align:right;white-space:nowrap;padding-left:10px;font-variant-numeric:tabular-nums}
+tr.ours td{font-weight:650;color:var(--a)}
+tr:last-child td,tr:last-child th{border-bottom:0}
+td:first-child{white-space:nowrap}
+details{margin-top:12px}
+summary{cursor:pointer;color:var(--soft);font-size:14px}
+details pre{margin-top:10px;border-radius:10px}
 footer{color:var(--soft);font-size:13px;margin-top:20px}
 """
 
@@ -118,7 +139,9 @@ def _tiles(report: Report) -> str:
         against = f"n-gram baseline {ngram:.2f}" + (f": {1 - ours / ngram:.0%} fewer" if ours < ngram else "")
     tiles = [_tile("Held-out text", f"{ours:.2f}", "bits per byte", against)]
     for what, fast, eager in report.speed[:2]:
-        tiles.append(_tile(what, f"{fast / eager:.1f}×", "eager PyTorch", f"{fast:,.0f} against {eager:,.0f} tokens a second"))
+        tiles.append(
+            _tile(what, f"{fast / eager:.1f}×", "eager PyTorch", f"{fast:,.0f} against {eager:,.0f} tokens a second")
+        )
     if report.parsed is not None:
         good, total = report.parsed
         tiles.append(
@@ -126,7 +149,11 @@ def _tiles(report: Report) -> str:
         )
     last = report.metrics[-1] if report.metrics else {}
     tokens = max((r.get("tokens", 0) for r in report.metrics if r["kind"] == "train"), default=0)
-    tiles.append(_tile("Trained", f"{report.seconds:.0f}", "seconds", f"{tokens / 1e6:.2f} M tokens, {last.get('step', 0)} steps"))
+    tiles.append(
+        _tile(
+            "Trained", f"{report.seconds:.0f}", "seconds", f"{tokens / 1e6:.2f} M tokens, {last.get('step', 0)} steps"
+        )
+    )
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
@@ -173,12 +200,15 @@ def _experts(report: Report) -> str:
     for layer in range(layers):
         rows = [[r["expert_load"][layer][e] for r in records] for e in range(experts)]
         picture = heatmap(
-            condense(rows, 80), title=f"expert load, layer {layer}", x_end=f"step {records[-1]['step']}", ideal=1 / experts
+            condense(rows, 80),
+            title=f"expert load, layer {layer}",
+            x_end=f"step {records[-1]['step']}",
+            ideal=1 / experts,
         )
         maps.append(f'<div><p class="note">expert layer {layer + 1}</p>{picture}</div>')
     note = (
-        f"Share of the tokens that each of the {experts} experts takes, over training. An even load is {1 / experts:.1%}, half "
-        "the full colour."
+        f"Share of the tokens that each of the {experts} experts takes, over training. An even load is "
+        f"{1 / experts:.1%}, half the full colour."
     )
     return _card("Expert load", note, f'<div class="grid2">{"".join(maps)}</div>')
 
@@ -196,8 +226,8 @@ def _samples(report: Report) -> str:
             f"<figure><pre><b>{html.escape(sample.prompt)}</b>{html.escape(sample.text)}</pre>{verdict}</figure>"
         )
     note = (
-        "The first draw for each prompt (in colour) at temperature 0.7 and top-p 0.95, not chosen. A model of this size and "
-        "training writes form, not sense."
+        "The first draw for each prompt (in colour) at temperature 0.7 and top-p 0.95, not chosen. A model of this "
+        "size and training writes form, not sense."
     )
     return _card("Samples", note, f'<div class="samples">{"".join(figures)}</div>')
 
@@ -209,7 +239,10 @@ def _facts(report: Report) -> str:
     rows = [
         ("Model", report.model_line),
         ("Corpus", report.about),
-        ("Machine", f"{environment.get('cpus')} CPUs, {environment.get('threads')} threads, {environment.get('machine')}"),
+        (
+            "Machine",
+            f"{environment.get('cpus')} CPUs, {environment.get('threads')} threads, {environment.get('machine')}",
+        ),
         ("Kernels", ", ".join(f"{k} {v}" for k, v in kernels.items() if isinstance(v, (str, int)))),
         ("Versions", f"{versions}, Python {environment.get('python')}"),
         ("Commit", str(environment.get("commit") or "unknown")),
@@ -230,8 +263,8 @@ def write_report(report: Report, path: Path) -> None:
         [
             '<header><div class="mark">foldscan</div>',
             f"<h1>A hybrid language model learns {html.escape(report.corpus)} in {report.seconds:.0f} seconds</h1>",
-            f"<p>{html.escape(report.model_line)} Trained from nothing on {html.escape(report.about)} with foldscan's own "
-            f"CPU kernels; it predicts unseen files at {ours:.2f} bits per byte.</p></header>",
+            f"<p>{html.escape(report.model_line)} Trained from nothing on {html.escape(report.about)} with foldscan's "
+            f"own CPU kernels; it predicts unseen files at {ours:.2f} bits per byte.</p></header>",
             _tiles(report),
             _curves(report),
             '<div class="grid2">',

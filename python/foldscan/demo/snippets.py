@@ -17,7 +17,9 @@ def first_block(text: str) -> str:
     opened = False
     for index, line in enumerate(whole):
         unindented = bool(line) and not line[0].isspace()
-        continues = line.startswith(("@", ")", "]", "}", "#", '"', "'")) or line.split(":")[0].split(" ")[0] in _CONTINUATIONS
+        continues = (
+            line.startswith(("@", ")", "]", "}", "#", '"', "'")) or line.split(":")[0].split(" ")[0] in _CONTINUATIONS
+        )
         if opened and unindented and not continues:
             return "\n".join(whole[:index]).rstrip() + "\n"
         opened = opened or line.startswith(("def ", "class ", "async def ")) or line.rstrip().endswith(":")

@@ -15,11 +15,16 @@ from foldscan.ops import backend
 from foldscan.training.evaluate import autocast
 
 
-def alternate(ours: Callable[[], int], eager: Callable[[], int], rounds: int) -> tuple[float, float]:
+def alternate(
+    ours: Callable[[], int], eager: Callable[[], int], rounds: int, patience: float = 20.0
+) -> tuple[float, float]:
     """Median tokens a second of two functions that return how many tokens they handled, called in turns after one
-    warm-up each."""
+    warm-up each; fewer rounds, but one at least, when ``patience`` seconds are over."""
     rates: tuple[list[float], list[float]] = ([], [])
+    begun = time.perf_counter()
     for number in range(rounds + 1):
+        if number > 1 and time.perf_counter() - begun > patience:
+            break
         for function, found in zip((ours, eager), rates):
             started = time.perf_counter()
             tokens = function()

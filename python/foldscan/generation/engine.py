@@ -233,9 +233,7 @@ class Engine:
         stop_ids, stop_texts = self._stops(stop)
         for _ in self._run(requests, stop_ids, stop_texts, return_logprobs):
             pass
-        return [
-            Generation(r.prompt, r.generated, self._cut(r, stop_texts), r.logprobs, r.finish) for r in requests
-        ]
+        return [Generation(r.prompt, r.generated, self._cut(r, stop_texts), r.logprobs, r.finish) for r in requests]
 
     def stream(
         self,
@@ -255,7 +253,9 @@ class Engine:
             if event.token is not None:
                 yield event.token
 
-    def stream_text(self, prompt: str, max_new_tokens: int = 128, **options: float | int | Sequence[int]) -> Iterator[str]:
+    def stream_text(
+        self, prompt: str, max_new_tokens: int = 128, **options: float | int | Sequence[int]
+    ) -> Iterator[str]:
         """`stream`, decoded: pieces of text, never half a character."""
         if self.tokenizer is None:
             raise ValueError("stream_text: the engine has no tokenizer")

@@ -31,7 +31,7 @@ class HybridConfig:
         norm_eps: of every RMSNorm.
         mamba_num_heads, mamba_head_dim, mamba_num_groups, state_size, conv_kernel: H, P, G, N, W of a Mamba-2 mixer.
         conv_bias, mamba_bias: biases of the convolution; of the two projections.
-        time_step_min, time_step_max, time_step_floor: dt at initialisation is log-uniform in [min, max], at least floor.
+        time_step_min, time_step_max, time_step_floor: dt starts log-uniform in [min, max], and at least at floor.
         time_step_limit: clamp of softplus(dt + dt_bias), at every step.
         num_heads, num_kv_heads, head_dim: of attention.
         attention_bias: biases of q, k, v and o.
@@ -50,8 +50,8 @@ class HybridConfig:
         router_bias_rate: how far `HybridLM.update_router_bias` moves the score correction a step.
         max_position_embeddings: longest sequence the model is meant for.
         initializer_range: standard deviation of normal initialisation.
-        rescale_residual: the projections that write to the residual stream start divided by sqrt(layers), a letter being
-            one addition to the stream.
+        rescale_residual: the projections that write to the residual stream start divided by sqrt(layers), a letter
+            being one addition to the stream.
         bos_token_id, eos_token_id: for generation.
     """
 
@@ -172,12 +172,14 @@ class HybridConfig:
         if "*" in self.pattern:
             positive("num_heads", "num_kv_heads", "head_dim")
             if self.num_heads % self.num_kv_heads:
-                raise ValueError(f"num_kv_heads: got {self.num_kv_heads}, want a divisor of num_heads = {self.num_heads}")
+                raise ValueError(
+                    f"num_kv_heads: got {self.num_kv_heads}, want a divisor of num_heads = {self.num_heads}"
+                )
             if self.head_dim > 256:
                 raise ValueError(f"head_dim: got {self.head_dim}, want at most 256")
             if self.rope_theta is not None and (self.head_dim % 2 or not self.rope_theta > 0):
                 raise ValueError(
-                    f"rope_theta: got {self.rope_theta!r} with head_dim {self.head_dim}, want positive and an even head_dim"
+                    f"rope_theta: got {self.rope_theta!r} with head_dim {self.head_dim}, want > 0 and an even head_dim"
                 )
             if self.sliding_window is not None:
                 positive("sliding_window")

@@ -153,7 +153,13 @@ class HybridLM(nn.Module):
         """Initialise as Nemotron-H and Mamba-2 do: normal weights, residual projections divided by sqrt(layers), the
         convolution uniform in +-1/sqrt(W), A, dt and D as in `Mamba2Mixer.reset_state_space`."""
         c = self.config
-        residual = ("out_proj.weight", "o_proj.weight", "down_proj.weight", "experts.down_proj", "fc2_latent_proj.weight")
+        residual = (
+            "out_proj.weight",
+            "o_proj.weight",
+            "down_proj.weight",
+            "experts.down_proj",
+            "fc2_latent_proj.weight",
+        )
         for name, parameter in self.named_parameters():
             if name.endswith("bias") and "dt_bias" not in name and "conv1d" not in name:
                 parameter.zero_()
@@ -179,9 +185,14 @@ class HybridLM(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def new_cache(
-        self, slots: int, max_length: int, *, dtype: torch.dtype | None = None, page_size: int = 64,
+        self,
+        slots: int,
+        max_length: int,
+        *,
+        dtype: torch.dtype | None = None,
+        page_size: int = 64,
         total_pages: int | None = None,
-    ) -> HybridCache:  # fmt: skip
+    ) -> HybridCache:
         """An empty cache for ``slots`` sequences of up to ``max_length`` tokens.
 
         Args:
@@ -189,14 +200,16 @@ class HybridLM(nn.Module):
         """
         weight, c = self.embeddings.weight, self.config
         cache = HybridCache(
-            slots, max_length, dtype=dtype or weight.dtype, device=weight.device, page_size=page_size,
+            slots,
+            max_length,
+            dtype=dtype or weight.dtype,
+            device=weight.device,
+            page_size=page_size,
             total_pages=total_pages,
-        )  # fmt: skip
+        )
         for kind in c.pattern:
             if kind == "M":
-                cache.add_mamba(
-                    c.mamba_num_heads, c.mamba_head_dim, c.mamba_num_groups, c.state_size, c.conv_kernel
-                )
+                cache.add_mamba(c.mamba_num_heads, c.mamba_head_dim, c.mamba_num_groups, c.state_size, c.conv_kernel)
             elif kind == "*":
                 cache.add_attention(c.num_kv_heads, c.head_dim)
             else:

@@ -97,7 +97,9 @@ class NemotronH:
         if isinstance(types, list):
             unknown = [t for t in types if t not in _KIND_OF_TYPE]
             if unknown:
-                raise FormatError(f"{where}: field 'layers_block_type' has {unknown[0]!r}, want {sorted(_TYPE_OF_KIND)}")
+                raise FormatError(
+                    f"{where}: field 'layers_block_type' has {unknown[0]!r}, want {sorted(_TYPE_OF_KIND)}"
+                )
             pattern = "".join(_KIND_OF_TYPE[t] for t in types)
         else:
             pattern = want_field(values, "hybrid_override_pattern", str, where)
@@ -111,8 +113,8 @@ class NemotronH:
         groups, best, chosen = get("n_group", 1), get("topk_group", 1), get("num_experts_per_tok", 2)
         if groups > 1 and "E" in pattern and (chosen // max(1, best) != 2):
             raise FormatError(
-                f"{where}: field 'topk_group' is {best}, want {chosen // 2}: a group is scored by its best two experts, and "
-                "by num_experts_per_tok / topk_group here"
+                f"{where}: field 'topk_group' is {best}, want {chosen // 2}: a group is scored by its best two "
+                "experts there, by its best num_experts_per_tok / topk_group here"
             )
         low, high = values.get("time_step_limit") or (0.0, math.inf)
         dt_min = _number(values.get("time_step_min", 1e-3), "time_step_min", where)

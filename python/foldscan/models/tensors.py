@@ -36,7 +36,7 @@ class TensorFolder:
                 if missing:
                     raise FormatError(f"{file}: tensor {min(missing)!r} is missing, though the index lists it")
         elif (folder / WEIGHTS).is_file():
-            self._file_of = {name: folder / WEIGHTS for name in self._names_in(folder / WEIGHTS)}
+            self._file_of = dict.fromkeys(self._names_in(folder / WEIGHTS), folder / WEIGHTS)
         else:
             raise FormatError(f"{folder}: neither {WEIGHTS} nor {INDEX} is there")
 
@@ -103,5 +103,3 @@ def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], *, max_shar
         weight_map.update(dict.fromkeys(shard, file))
     total = sum(t.numel() * t.element_size() for t in tensors.values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-

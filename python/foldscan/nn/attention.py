@@ -55,9 +55,7 @@ class Attention(nn.Module):
             q, k = self.rotary(q, cos, sin), self.rotary(k, cos, sin)
         if cache is None or step is None:
             cu, longest = packing.cu_seqlens, packing.max_seqlen
-            out = ops.flash_attn_varlen_func(
-                q, k, v, cu, cu, longest, longest, causal=True, window_size=self.window
-            )
+            out = ops.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True, window_size=self.window)
         else:
             ops.kv_cache_append(k, v, cache.keys, cache.values, step.block_table, step.cu_seqlens, step.positions)
             out = ops.flash_attn_varlen_func(

@@ -99,8 +99,8 @@ class HybridCache:
     def add_attention(self, kv_heads: int, head_dim: int) -> None:
         """Add an attention layer's pages."""
         shape = (self.total_pages, self.page_size, kv_heads, head_dim)
-        make = {"dtype": self.dtype, "device": self.device}
-        self.layers.append(AttentionCache(torch.zeros(shape, **make), torch.zeros(shape, **make)))
+        keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.layers.append(AttentionCache(keys, torch.zeros_like(keys)))
 
     def add_mamba(self, heads: int, head_dim: int, groups: int, state_size: int, kernel: int) -> None:
         """Add a Mamba-2 layer's states."""
@@ -156,8 +156,10 @@ class HybridCache:
         for slot, count in zip(slots, counts):
             after = self.lengths[slot] + count
             if count < 0 or after > self.max_length:
-                raise ValueError(f"counts: got {count} for a sequence of {self.lengths[slot]}, want a total of at most "
-                                 f"max_length = {self.max_length}")
+                raise ValueError(
+                    f"counts: got {count} for a sequence of {self.lengths[slot]}, want a total of at most "
+                    f"max_length = {self.max_length}"
+                )
             needed += -(-after // self.page_size) - len(self._pages[slot])
         paged = any(isinstance(layer, AttentionCache) for layer in self.layers)
         if paged and needed > len(self._free_pages):
@@ -181,15 +183,15 @@ class HybridCache:
                 out.append(total)
             return ints(out)
 
-        after = [p + c for p, c in zip(positions, counts)]
+        lengths = [p + c for p, c in zip(positions, counts)]
         return CacheStep(
             cache=self,
             slots=ints(list(slots)),
             positions=ints(positions),
             cu_seqlens=cumulative(list(counts)),
-            cu_seqlens_k=cumulative(after),
+            cu_seqlens_k=cumulative(lengths),
             block_table=table.to(self.device),
-            max_seqlen_k=max(after),
+            max_seqlen_k=max(lengths),
             slot_list=tuple(slots),
             counts=tuple(counts),
         )

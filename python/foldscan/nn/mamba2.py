@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from foldscan import ops
-from foldscan.nn.cache import CacheStep, MambaCache
+from foldscan.nn.cache import MambaCache
 from foldscan.nn.linear import Linear
 from foldscan.nn.packing import Packing
 
@@ -24,9 +24,7 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """(T, size), (T, size) to (T, size)."""
-        return ops.rmsnorm_fn(
-            y, self.weight, z=z, eps=self.eps, group_size=self.group_size, norm_before_gate=False
-        )
+        return ops.rmsnorm_fn(y, self.weight, z=z, eps=self.eps, group_size=self.group_size, norm_before_gate=False)
 
 
 class Mamba2Mixer(nn.Module):
@@ -83,39 +81,64 @@ class Mamba2Mixer(nn.Module):
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         channels_first = xbc.t().unsqueeze(0)  # (1, conv_dim, T), a view: channels stay the fast axis
         if cache is None or packing.cache is None:
-            out = ops.causal_conv1d_fn(
-                channels_first, weight, bias, activation="silu", cu_seqlens=packing.cu_seqlens
-            )
-        else:
-            slots = packing.cache.slots.long()
-            out, tails = ops.causal_conv1d_fn(
-                channels_first,
-                weight,
-                bias,
-                initial_states=cache.conv[slots],
-                return_final_states=True,
-                activation="silu",
-                cu_seqlens=packing.cache.cu_seqlens,
-            )
-            cache.conv[slots] = tails.to(cache.conv.dtype)
+            out = ops.causal_conv1d_fn(channels_first, weight, bias, activation="silu", cu_seqlens=packing.cu_seqlens)
+            assert isinstance(out, torch.Tensor)  # no final states were asked for
+            return out.squeeze(0).t()
+        slots = packing.cache.slots.long()
+        out, tails = ops.causal_conv1d_fn(
+            channels_first,
+            weight,
+            bias,
+            initial_states=cache.conv[slots],
+            return_final_states=True,
+            activation="silu",
+            cu_seqlens=packing.cache.cu_seqlens,
+        )
+        cache.conv[slots] = tails.to(cache.conv.dtype)
         return out.squeeze(0).t()
 
     def _scan(
-        self, x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor, step: CacheStep | None,
-        cache: MambaCache | None, packing: Packing,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        x: torch.Tensor,
+        dt: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        packing: Packing,
+        cache: MambaCache | None,
+    ) -> torch.Tensor:
         A = -torch.exp(self.A_log.float())
         D, dt_bias = self.D.float(), self.dt_bias.float()
-        if cache is None or step is None:
+        if cache is None or packing.cache is None:
             y = ops.mamba_chunk_scan_combined(
-                x[None], dt[None], A, B[None], C[None], D=D, dt_bias=dt_bias, dt_softplus=True,
-                dt_limit=self.time_step_limit, cu_seqlens=packing.cu_seqlens,
-            )  # fmt: skip
+                x[None],
+                dt[None],
+                A,
+                B[None],
+                C[None],
+                D=D,
+                dt_bias=dt_bias,
+                dt_softplus=True,
+                dt_limit=self.time_step_limit,
+                cu_seqlens=packing.cu_seqlens,
+            )
+            assert isinstance(y, torch.Tensor)  # no final states were asked for
             return y.squeeze(0)
+        step = packing.cache
         return ops.mamba_chunk_scan_extend(
-            x, dt, A, B, C, cache.scan, step.slots, step.positions, step.cu_seqlens, D=D, dt_bias=dt_bias,
-            dt_softplus=True, dt_limit=self.time_step_limit,
-        )  # fmt: skip
+            x,
+            dt,
+            A,
+            B,
+            C,
+            cache.scan,
+            step.slots,
+            step.positions,
+            step.cu_seqlens,
+            D=D,
+            dt_bias=dt_bias,
+            dt_softplus=True,
+            dt_limit=self.time_step_limit,
+        )
 
     def forward(self, hidden: torch.Tensor, packing: Packing, cache: MambaCache | None = None) -> torch.Tensor:
         """(T, d) to (T, d)."""
@@ -129,8 +152,7 @@ class Mamba2Mixer(nn.Module):
             dt,
             B.reshape(total, self.num_groups, self.state_size),
             C.reshape(total, self.num_groups, self.state_size),
-            packing.cache,
-            cache,
             packing,
+            cache,
         )
         return self.out_proj(self.norm(y.reshape(total, self.inner_size), z))

@@ -16,7 +16,9 @@ class MLP(nn.Module):
         activation: ``"relu2"`` or ``"silu"``; the latter has a third matrix, ``gate_proj``, and no biases.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, activation: str = "relu2", bias: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, *, activation: str = "relu2", bias: bool = False
+    ) -> None:
         super().__init__()
         if activation not in ("relu2", "silu"):
             raise ValueError(f"activation: got {activation!r}, want 'relu2' or 'silu'")

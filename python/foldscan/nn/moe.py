@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -47,7 +48,10 @@ class Router(nn.Module):
         normalize: bool = True,
     ) -> None:
         super().__init__()
-        self.top_k, self.score, self.pre_softmax = top_k, score, pre_softmax
+        if score not in ("softmax", "sigmoid"):
+            raise ValueError(f"score: got {score!r}, want 'softmax' or 'sigmoid'")
+        self.top_k, self.pre_softmax = top_k, pre_softmax
+        self.score = cast(Literal["softmax", "sigmoid"], score)
         self.num_groups, self.groups_topk = num_groups, groups_topk
         self.scaling, self.normalize = scaling, normalize
         self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size))
@@ -77,7 +81,9 @@ class Experts(nn.Module):
 
     def __init__(self, size: int, intermediate_size: int, num_experts: int, activation: str) -> None:
         super().__init__()
-        self.activation = activation
+        if activation not in ("silu", "relu2"):
+            raise ValueError(f"activation: got {activation!r}, want 'silu' or 'relu2'")
+        self.activation = cast(Literal["silu", "relu2"], activation)
         self.up_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, size, intermediate_size))
         self.gate_proj = (

@@ -70,7 +70,12 @@ def save_checkpoint(
             save_file(state, work / "training.safetensors")
             write_json(
                 work / "training.json",
-                {"step": progress.step, "tokens": progress.tokens, "seconds": progress.seconds, "data": sampler.state()},
+                {
+                    "step": progress.step,
+                    "tokens": progress.tokens,
+                    "seconds": progress.seconds,
+                    "data": sampler.state(),
+                },
             )
     for old in checkpoints(run_dir)[:-keep]:
         # Renamed first: a half-removed checkpoint must not look like a whole one.
@@ -80,9 +85,7 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(
-    path: Path, model: HybridLM, optimizer: torch.optim.Optimizer, sampler: PackedSampler
-) -> Progress:
+def load_checkpoint(path: Path, model: HybridLM, optimizer: torch.optim.Optimizer, sampler: PackedSampler) -> Progress:
     """Bring model, optimizer, data position and random state back to where `save_checkpoint` was called.
 
     Raises:

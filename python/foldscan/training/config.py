@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -27,6 +26,9 @@ class TrainConfig:
         tokenizer: the ``tokenizer.json`` (or its folder) they were made with.
         tokenizer_vocab: vocabulary to train on the corpus; 257 means raw bytes.
         steps: optimizer steps in all.
+        max_seconds: 0, or a limit on the time spent in steps. The schedule and the spacing of records, evaluations and
+            checkpoints then follow the time where it is ahead of the steps, so such a run is not reproducible bit for
+            bit.
         batch_tokens: tokens of one forward and backward.
         accumulation: forwards and backwards in one step.
         seq_length: longest piece of a document.
@@ -53,6 +55,7 @@ class TrainConfig:
     tokenizer: str | None = None
     tokenizer_vocab: int = 4096
     steps: int = 1000
+    max_seconds: float = 0.0
     batch_tokens: int = 4096
     accumulation: int = 1
     seq_length: int = 512
@@ -84,7 +87,15 @@ class TrainConfig:
         for name in ("steps", "batch_tokens", "accumulation", "seq_length", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
-        for name in ("warmup_steps", "eval_every", "eval_tokens", "checkpoint_every", "clip_norm", "weight_decay"):
+        for name in (
+            "max_seconds",
+            "warmup_steps",
+            "eval_every",
+            "eval_tokens",
+            "checkpoint_every",
+            "clip_norm",
+            "weight_decay",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want 0 or more")
         if self.schedule not in ("cosine", "wsd", "constant"):

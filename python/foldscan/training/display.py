@@ -22,16 +22,17 @@ class Display:
         self._bits = ""
 
     def start(self, config: TrainConfig, model: HybridLM, progress: RunProgress) -> None:
+        length = f"{config.max_seconds:.0f} s of steps" if config.max_seconds else f"{config.steps} steps"
         where = f"from step {progress.step} " if progress.step else ""
         self.console.print(
             f"[bold]{config.model.pattern}[/bold]  d={config.model.hidden_size}  "
-            f"{model.num_parameters() / 1e6:.2f} M parameters, {config.steps} steps {where}of {config.step_tokens} tokens, "
-            f"{config.precision}",
+            f"{model.num_parameters() / 1e6:.2f} M parameters, "
+            f"{length} {where}of {config.step_tokens} tokens, {config.precision}",
             highlight=False,
         )
         if self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.completed:>5.0f}/{task.total:.0f}"),
+                TextColumn("step {task.fields[step]}"),
                 BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
                 TextColumn("loss {task.fields[loss]}"),
                 TextColumn("{task.fields[bits]}", style="green"),
@@ -41,14 +42,12 @@ class Display:
                 console=self.console,
             )
             self._bar.start()
-            self._task = self._bar.add_task(
-                "train", total=config.steps, completed=progress.step, loss="...", bits="", speed=""
-            )
+            self._task = self._bar.add_task("train", total=1.0, step=progress.step, loss="...", bits="", speed="")
 
     def step(self, step: int, record: dict[str, Any]) -> None:
         loss, speed = f"{record['loss']:.3f}", f"{record['tokens_per_second']:,.0f} tok/s"
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, loss=loss, bits=self._bits, speed=speed)
+            self._bar.update(self._task, completed=record["done"], step=step, loss=loss, bits=self._bits, speed=speed)
         else:
             self.console.print(
                 f"step {step:>6}  loss {loss}  {speed}  lr {record['lr']:.2e}  |g| {record['grad_norm']:.2f}",

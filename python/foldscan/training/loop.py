@@ -17,7 +17,7 @@ from foldscan.training.corpus import PreparedData, prepare
 from foldscan.training.evaluate import Evaluation, autocast, evaluate
 from foldscan.training.metrics import MetricsLog, write_environment
 from foldscan.training.optimizer import make_optimizer
-from foldscan.training.schedule import learning_rate
+from foldscan.training.schedule import fraction_done, is_due, learning_rate
 
 
 class Listener(Protocol):
@@ -116,11 +116,15 @@ def _train_step(
     optimizer: torch.optim.Optimizer,
     sampler: PackedSampler,
     config: TrainConfig,
-    step: int,
+    progress: Progress,
     interval: _Interval,
-) -> None:
-    """One optimizer step: `accumulation` forwards and backwards, clipping, the update, the routers' biases."""
-    rate = learning_rate(config, step)
+) -> float:
+    """One optimizer step: `accumulation` forwards and backwards, clipping, the update, the routers' biases.
+
+    Returns:
+        The learning rate.
+    """
+    rate = learning_rate(config, progress.step, progress.seconds)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
@@ -139,7 +143,7 @@ def _train_step(
     limit = config.clip_norm or float("inf")
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
     if not norm < float("inf"):
-        raise FloatingPointError(f"step {step}: the gradient norm is {norm}; nothing was updated")
+        raise FloatingPointError(f"step {progress.step}: the gradient norm is {norm}; nothing was updated")
     interval.add("grad_norm", norm)
     optimizer.step()
     # The fused optimizer writes without counting a version, by which the ops tell that packed weights are stale.
@@ -149,6 +153,7 @@ def _train_step(
         if config.model.router_bias_rate:
             model.update_router_bias(counts)
     interval.steps += 1
+    return rate
 
 
 def train(
@@ -176,7 +181,9 @@ def train(
     run_dir = Path(config.run_dir)
     existing = checkpoints(run_dir)
     if existing and not resume:
-        raise FileExistsError(f"{run_dir} already holds checkpoints up to {existing[-1].name}; resume it or choose another")
+        raise FileExistsError(
+            f"{run_dir} already holds checkpoints up to {existing[-1].name}; resume it or choose another"
+        )
     run_dir.mkdir(parents=True, exist_ok=True)
     opened = data or open_data(config)
     model = _build_model(config, opened.tokenizer)
@@ -218,32 +225,37 @@ def train(
 
     interval = _Interval()
     try:
-        while progress.step < config.steps:
+        done = fraction_done(config, progress.step, progress.seconds)
+        while done < 1:
             started = time.perf_counter()
-            _train_step(model, optimizer, sampler, config, progress.step, interval)
+            rate = _train_step(model, optimizer, sampler, config, progress, interval)
             elapsed = time.perf_counter() - started
             interval.seconds += elapsed
             progress.seconds += elapsed
             progress.tokens += config.step_tokens
-            rate = learning_rate(config, progress.step)
             progress.step += 1
-            last = progress.step == config.steps
-            # Records must fall on the same steps whether the run was resumed or not.
-            if progress.step % config.log_every == 0 or last:
+            before, done = done, fraction_done(config, progress.step, progress.seconds)
+            last = done == 1
+
+            def due(every: int, before: float = before, after: float = done, last: bool = last) -> bool:
+                return last or is_due(config, every, progress.step, before, after)
+
+            if due(config.log_every):
                 record = {
                     **interval.record(config.accumulation),
                     "lr": rate,
                     "tokens": progress.tokens,
                     "epochs": sampler.epochs,
+                    "done": done,
                     "seconds": progress.seconds,
                 }
                 log.write("train", progress.step, record)
                 if listener is not None:
                     listener.step(progress.step, record)
                 interval = _Interval()
-            if last or (config.eval_every and progress.step % config.eval_every == 0):
+            if due(config.eval_every):
                 evaluation = run_evaluation()
-            if last or (config.checkpoint_every and progress.step % config.checkpoint_every == 0):
+            if due(config.checkpoint_every):
                 write_checkpoint()
         if evaluation is None:
             evaluation = run_evaluation()

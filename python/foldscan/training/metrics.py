@@ -19,7 +19,7 @@ METRICS_FILE = "metrics.jsonl"
 
 def environment() -> dict[str, Any]:
     """Versions, commit and machine, for the record."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("foldscan", "torch", "numpy", "tokenizers", "safetensors"):
         try:
             versions[package] = metadata.version(package)
