@@ -1,4 +1,4 @@
-"""What is measured: for each op its shapes, inputs, implementations, FLOPs and bytes. One entry serves speed and memory."""
+"""What is measured: for each op its shapes, inputs, implementations, FLOPs and bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-
 from foldscan import ops
 from foldscan.reference import eager_ssm
 
@@ -17,7 +16,7 @@ Implementation = Callable[..., torch.Tensor]
 
 @dataclass
 class Case:
-    """One op. ``flops`` and ``bytes`` are of the forward pass; ``backward_flops`` is forward + backward over forward."""
+    """One op. ``flops`` and ``bytes`` are of the forward pass, ``backward_flops`` is what both passes cost over that."""
 
     op: str
     dims: tuple[str, ...]

@@ -27,9 +27,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cases import CASES, Case
-
 import foldscan
+from cases import CASES, Case
 from foldscan import _native, info
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

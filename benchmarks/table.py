@@ -1,7 +1,7 @@
 """Writes the benchmark tables of README.md and docs/benchmarks.md from the JSON lines under benchmarks/results.
 
-    python benchmarks/table.py            rewrite the sections between the markers
-    python benchmarks/table.py --check    exit 1 if they are not what the results say
+python benchmarks/table.py            rewrite the sections between the markers
+python benchmarks/table.py --check    exit 1 if they are not what the results say
 """
 
 from __future__ import annotations

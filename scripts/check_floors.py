@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check: nothing imports upward, the core knows no framework, ISA copies stay apart.
+"""The rules of the house that a machine can check: no import upward, no framework in the core, ISA copies apart.
 
 Run by `make lint`; prints every breach and exits 1 if there is one.
 """

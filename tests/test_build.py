@@ -7,10 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import foldscan
 import numpy as np
 import pytest
-
-import foldscan
 from foldscan import _native, info
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from foldscan import _native
 
 HERE = Path(__file__).resolve().parent
@@ -31,7 +30,18 @@ def test_forced_instruction_set(isa: str) -> None:
     if isa == capabilities["isa"]:
         assert isa == capabilities["isa_available"][-1] or os.environ.get("FOLDSCAN_ISA") == isa
         return
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *[str(HERE / s) for s in SELECTION]]
-    done = subprocess.run(command, env=os.environ | {"FOLDSCAN_ISA": isa}, capture_output=True, text=True, cwd=HERE.parent)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        *[str(HERE / s) for s in SELECTION],
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"FOLDSCAN_ISA": isa}, capture_output=True, text=True, cwd=HERE.parent
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout

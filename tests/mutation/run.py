@@ -2,8 +2,8 @@
 
     python tests/mutation/run.py [FAMILY ...] [--list]
 
-A family is a file FAMILY.yaml beside this one: a list of {file, find, replace, test, why}. `find` must occur exactly once
-in `file`. The copy is built for the best instruction set of this machine only. Progress is kept in
+A family is a file FAMILY.yaml beside this one: a list of {file, find, replace, test, why}. `find` must occur exactly
+once in `file`. The copy is built for the best instruction set of this machine only. Progress is kept in
 build/mutation/done.json, so that an interrupted run goes on where it stopped; exit code 1 if a fault survives.
 """
 
@@ -43,7 +43,9 @@ def load(families: list[str]) -> list[dict[str, Any]]:
                 raise SystemExit(f"{known[family]}: a fault lacks {sorted(missing)}")
             count = (ROOT / fault["file"]).read_text().count(fault["find"])
             if count != 1:
-                raise SystemExit(f"{known[family]}: {fault['find']!r} occurs {count} times in {fault['file']}, want once")
+                raise SystemExit(
+                    f"{known[family]}: {fault['find']!r} occurs {count} times in {fault['file']}, want once"
+                )
             faults.append({"family": family, **fault})
     return faults
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close_to_truth, check_op, relative_rmse
-
 from foldscan import ops
+from helpers import assert_close_to_truth, check_op, relative_rmse
 
 SHAPES = [(1, 1, 1), (1, 64, 64), (7, 13, 5), (0, 8, 8), (97, 130, 33), (200, 65, 515), (3, 7, 0)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -39,14 +40,13 @@ def same_dtype(name: str, value: torch.Tensor, other_name: str, other: torch.Ten
 
 
 def cu_seqlens(name: str, value: torch.Tensor, total: int) -> None:
-    """Check cumulative sequence lengths: int32 (n + 1), first 0, not decreasing, last ``total`` (values in eager only)."""
+    """Check cumulative lengths: int32 (n + 1), first 0, not decreasing, last ``total``. No values while compiling."""
     tensor(name, value, dtypes=(torch.int32,), dims=1)
     if value.shape[0] < 1:
         raise ValueError(f"{name}: got no entries, want cumulative lengths starting with 0")
     if torch.compiler.is_compiling():
         return
     lengths = value.tolist()
-    if lengths[0] != 0 or lengths[-1] != total or any(b < a for a, b in zip(lengths, lengths[1:])):
-        raise ValueError(
-            f"{name}: got {lengths if len(lengths) < 9 else str(lengths[:8]) + ' ...'}, want 0 = first <= .. <= last = {total}"
-        )
+    if lengths[0] != 0 or lengths[-1] != total or any(b < a for a, b in pairwise(lengths)):
+        shown = lengths if len(lengths) < 9 else f"{lengths[:8]} ..."
+        raise ValueError(f"{name}: got {shown}, want 0 = first <= .. <= last = {total}")

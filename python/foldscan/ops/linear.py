@@ -19,8 +19,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     Args:
         x: (..., in), fp32, bf16, fp16 or fp64. Inside ``torch.autocast`` it is cast to the autocast dtype.
-        weight: (out, in), x's dtype, or fp32 beside a bf16 x: it is rounded to bf16 while it is packed, no copy is kept,
-            and its gradient comes back in fp32.
+        weight: (out, in), x's dtype, or fp32 beside a bf16 x: it is rounded to bf16 while it is packed, no copy is
+            kept, and its gradient comes back in fp32.
         bias: (out) or None.
 
     Returns:

@@ -184,7 +184,8 @@ def causal_conv1d_update(
     slots = conv_state.shape[0] if conv_state_indices is None else None
     if conv_state.shape[1] != x.shape[1] or conv_state.shape[2] < weight.shape[1] - 1:
         raise ValueError(
-            f"conv_state: got shape {tuple(conv_state.shape)}, want (slots, {x.shape[1]}, at least {weight.shape[1] - 1})"
+            f"conv_state: got shape {tuple(conv_state.shape)}, "
+            f"want (slots, {x.shape[1]}, at least {weight.shape[1] - 1})"
         )
     if slots is not None and slots != x.shape[0]:
         raise ValueError(f"conv_state: got {slots} rows, want {x.shape[0]} or conv_state_indices")

@@ -20,7 +20,7 @@ _STATE_PAD = 16
 
 @dataclass
 class ScanCache:
-    """What a sequence must remember to go on: the state at the start of its current chunk and the chunk's tokens so far.
+    """What a sequence must remember: the state at the start of its current chunk and the chunk's tokens so far.
 
     Reading the state at each step but writing it only once in 64 is what makes decoding repeat the arithmetic (and the
     bits) of the full scan.

@@ -277,7 +277,7 @@ def selective_state_update(
     dt_softplus: bool = False,
     state_batch_indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One step of the recurrence for a batch, in place: ``state = state exp(delta A) + delta B x; y = C . state + D x``.
+    """One step of the recurrence, in place: ``state = state exp(delta A) + delta B x; y = C . state + D x``.
 
     Args:
         state: (slots, H, P, N) or (slots, D, N), fp32 or bf16; updated.

@@ -53,7 +53,9 @@ def causal_conv1d(
         if initial_states is not None and initial is not None:
             past = wide(initial_states[initial])
         full = torch.cat([past, v[row, :, begin:end]], dim=1)
-        out = sum(w[:, k : k + 1] * full[:, k : k + end - begin] for k in range(width))
+        out = torch.zeros_like(v[row, :, begin:end])
+        for k in range(width):
+            out = out + w[:, k : k + 1] * full[:, k : k + end - begin]
         if bias is not None:
             out = out + wide(bias)[:, None]
         out = F.silu(out) if activation else out
