@@ -16,7 +16,7 @@ Implementation = Callable[..., torch.Tensor]
 
 @dataclass
 class Case:
-    """One op. ``flops`` and ``bytes`` are of the forward pass, ``backward_flops`` is what both passes cost over that."""
+    """One op. ``flops`` and ``bytes`` are of the forward pass, ``backward_flops`` is both passes over that."""
 
     op: str
     dims: tuple[str, ...]

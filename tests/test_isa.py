@@ -30,18 +30,13 @@ def test_forced_instruction_set(isa: str) -> None:
     if isa == capabilities["isa"]:
         assert isa == capabilities["isa_available"][-1] or os.environ.get("FOLDSCAN_ISA") == isa
         return
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        *[str(HERE / s) for s in SELECTION],
-    ]
+    tests = [str(HERE / name) for name in SELECTION]
     done = subprocess.run(
-        command, env=os.environ | {"FOLDSCAN_ISA": isa}, capture_output=True, text=True, cwd=HERE.parent
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
+        env=os.environ | {"FOLDSCAN_ISA": isa},
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
