@@ -9,6 +9,10 @@ from collections.abc import Sequence
 
 from foldscan.cli import commands
 
+# Threads that wait should sleep, not spin: on a shared machine spinning costs the others, and us, several times the
+# speed. It must be set before torch loads its OpenMP, which nothing has done yet here; the user's own setting wins.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 def _json_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON for a machine to read")

@@ -34,7 +34,8 @@ def learning_rate(config: TrainConfig, step: int, seconds: float = 0.0) -> float
     """The learning rate of optimizer step ``step`` (from 0), ``seconds`` into a run that is limited in time.
 
     Linear warm-up to ``lr`` over ``warmup_steps``; then a half cosine to ``min_lr`` (arXiv:1608.03983), or constant
-    with a linear decay to ``min_lr`` over the last ``decay_fraction`` of all steps (WSD, arXiv:2404.06395), or constant.
+    with a linear decay to ``min_lr`` over the last ``decay_fraction`` of all steps (WSD, arXiv:2404.06395), or just
+    constant.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
