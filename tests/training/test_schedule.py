@@ -96,3 +96,10 @@ def test_wrong_overrides_are_named(tmp_path: Path, overrides: list[str], message
 def test_a_tokenizer_is_wanted_with_token_files() -> None:
     with pytest.raises(ValueError, match="tokenizer: got None"):
         config(corpus=None, train_data="t")
+
+
+def test_the_shipped_configuration_loads() -> None:
+    files = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+    assert files
+    for file in files:
+        assert TrainConfig.load(file).model.vocab_size == 0

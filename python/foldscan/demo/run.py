@@ -20,7 +20,7 @@ from foldscan.demo.report import Report, Sample, write_report
 from foldscan.demo.snippets import first_block, parses
 from foldscan.demo.speed import generation_speed, training_speed
 from foldscan.generation import Engine
-from foldscan.models import HybridConfig, HybridLM
+from foldscan.models import HybridConfig, HybridLM, save_pretrained
 from foldscan.models.files import write_json
 from foldscan.training import Display, PreparedData, TrainConfig, TrainResult, evaluate, prepare, train
 from foldscan.training.corpus import take_bytes
@@ -239,6 +239,9 @@ def run_demo(
             result.model, data.valid, batch_tokens=8192, seq_length=2048, max_tokens=scale.eval_tokens, precision="bf16"
         )
         samples = _samples(scale, result, corpus == "stdlib", seed)
+    model_dir = run_dir / "model"
+    save_pretrained(result.model, model_dir, overwrite=True)
+    result.tokenizer.save(model_dir)
     judged = [s for s in samples if s.parses is not None]
     parsed = (sum(bool(s.parses) for s in judged), len(judged)) if judged else None
     rows.insert(
@@ -283,7 +286,7 @@ def run_demo(
         "tokens": result.progress.tokens,
         "training_seconds": round(result.progress.seconds, 1),
         "total_seconds": round(total, 1),
-        "checkpoint": str(result.checkpoint),
+        "model": str(model_dir),
         "report": str(run_dir / "report.html"),
     }
     write_json(run_dir / "summary.json", summary)
@@ -303,6 +306,7 @@ def _print_summary(console: Console, rows: list[tuple[str, float, str]], report:
     for sample in report.samples[:2]:
         console.print(f"[cyan]{_escape(sample.prompt)}[/cyan]{_escape(sample.text)}", highlight=False)
     console.print(f"report: {run_dir / 'report.html'}  ({report.total_seconds:.0f} s in all)", highlight=False)
+    console.print(f'try: foldscan generate --model {run_dir / "model"} "def "', highlight=False)
 
 
 def _escape(text: str) -> str:
