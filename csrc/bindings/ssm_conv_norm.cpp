@@ -113,8 +113,8 @@ Tensor conv_update(const Tensor& x, Tensor conv_state, const Tensor& weight, con
 ssm::SelectiveScan selective_params(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
                                     const Tensor& C, const OptTensor& D, const OptTensor& z,
                                     const OptTensor& delta_bias, bool softplus) {
-  check(u.dim() == 3 && A.dim() == 2 && A.size(0) == u.size(1) && delta.numel() == u.numel() &&
-            u.is_contiguous() && delta.is_contiguous() && B.is_contiguous() && C.is_contiguous() &&
+  check(u.dim() == 3 && A.dim() == 2 && A.size(0) == u.size(1) && delta.numel() == u.numel() && u.is_contiguous() &&
+            delta.is_contiguous() && B.is_contiguous() && C.is_contiguous() &&
             (!z || (z->is_contiguous() && z->numel() == u.numel() && z->scalar_type() == u.scalar_type())) &&
             delta.scalar_type() == u.scalar_type(),
         "selective_scan: shapes, dtypes or layouts disagree");

@@ -128,6 +128,7 @@ void take_items(void* ctx, int64_t, int64_t) {
 
 constexpr int64_t kAlign = 64;
 constexpr int64_t kFirstBlock = int64_t{1} << 20;
+constexpr int64_t kKeep = int64_t{64} << 20;  // scratch that a thread holds on to between kernels
 
 struct Arena {
   struct Block {
@@ -173,14 +174,15 @@ Scratch::~Scratch() {
   Arena& a = arena();
   a.block = block_;
   a.used = used_;
-  // The outermost scope merges what it grew into one block, so that the next kernel finds contiguous memory.
-  if (--a.depth == 0 && a.blocks.size() > 1) {
-    int64_t total = 0;
-    for (auto& b : a.blocks) total += b.size;
-    a.free_all();
-    a.add(total);
-    a.block = a.used = 0;
-  }
+  // The outermost scope merges what it grew into one block, so that the next kernel finds contiguous memory; what only
+  // an unusually large problem needed goes back to the system.
+  if (--a.depth > 0) return;
+  int64_t total = 0;
+  for (auto& b : a.blocks) total += b.size;
+  if (a.blocks.size() <= 1 && total <= kKeep) return;
+  a.free_all();
+  if (total <= kKeep) a.add(total);
+  a.block = a.used = 0;
 }
 
 void* Scratch::bytes(int64_t n) {

@@ -44,7 +44,7 @@ FOLDSCAN_INLINE void parallel_for(int64_t n, int64_t grain, const F& f) {
 FOLDSCAN_INLINE int64_t grain_for(int64_t cost_per_item) { return imax(1, 32768 / imax(1, cost_per_item)); }
 
 // Thread-local bump allocator for kernel scratch. Memory obtained from a Scratch lives until that Scratch is destroyed
-// and is reused by the next one on the same thread; 64-byte aligned, contents undefined.
+// and is reused by the next one on the same thread (up to 64 MiB are kept); 64-byte aligned, contents undefined.
 class Scratch {
  public:
   Scratch();
