@@ -31,17 +31,18 @@ _ABOUT = {
     "english": "State-of-the-Union addresses and Jane Austen's novels",
     "moby-dick": "Moby Dick",
 }
+# Without a space at the end: the tokenizer's words begin with theirs.
 _CODE_PROMPTS = [
-    "def ",
-    "class ",
-    "import ",
-    "    def __init__(self",
-    "from ",
+    "def",
+    "class",
+    "import os\nimport sys\n\n\ndef",
+    "class Node:\n    def __init__(self",
+    "from",
     "def test_",
-    "async def ",
-    "@property\ndef ",
+    "if __name__ ==",
+    "class Error(Exception):",
 ]
-_PROSE_PROMPTS = ["It is a truth ", "The people of ", "She was ", "Our country ", "Fellow-citizens, ", "Mr. Knightley "]
+_PROSE_PROMPTS = ["It is a truth", "The people of", "She was", "Our country", "Fellow-citizens,", "Mr. Knightley"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Scale:
     hidden: int
     batch_tokens: int
     train_bytes: int | None
+    held_out_bytes: int | None
     snippets: int
     new_tokens: int
     rounds: int
@@ -61,8 +63,8 @@ class Scale:
     primed_lzma: bool
 
 
-FULL = Scale(150, 4096, 192, 4096, None, 64, 96, 5, 1 << 17, 6, True)
-SMOKE = Scale(8, 1024, 96, 2048, 1 << 21, 8, 40, 2, 1 << 13, 4, False)
+FULL = Scale(150, 4096, 192, 4096, None, None, 64, 96, 5, 1 << 15, 6, True)
+SMOKE = Scale(8, 1024, 96, 2048, 1 << 21, 1 << 16, 8, 40, 2, 1 << 11, 4, False)
 
 
 def demo_model(scale: Scale) -> HybridConfig:
@@ -113,7 +115,7 @@ def _train_config(scale: Scale, run_dir: Path, data: PreparedData, steps: int, s
         precision="bf16",
         seed=seed,
         eval_every=max(1, steps // 8),
-        eval_tokens=scale.eval_tokens // 4,
+        eval_tokens=scale.eval_tokens,
         log_every=max(1, steps // 120),
         checkpoint_every=max(1, steps // 2),
         keep_checkpoints=1,
@@ -148,17 +150,18 @@ def _samples(scale: Scale, result: TrainResult, code: bool, seed: int) -> list[S
     prompts = _CODE_PROMPTS if code else _PROSE_PROMPTS
     chosen = [prompts[i % len(prompts)] for i in range(scale.snippets if code else len(prompts))]
     engine = Engine(result.model, result.tokenizer)
+    end = result.tokenizer.end_of_text  # every document of the training text begins with it
+    ids = [[end, *result.tokenizer.encode(p)] for p in chosen]
     found = engine.generate(
-        chosen, scale.new_tokens, temperature=0.7, top_p=0.95, seed=[seed + i for i in range(len(chosen))]
+        ids, scale.new_tokens, temperature=0.6, top_p=0.95, seed=[seed + i for i in range(len(chosen))]
     )
     samples = []
     for prompt, one in zip(chosen, found):
         if not code:
             samples.append(Sample(prompt, one.text, None))
             continue
-        block = first_block(prompt.lstrip() + one.text if prompt.startswith(" ") else prompt + one.text)
-        shown = block[len(prompt.lstrip()) :] if prompt.startswith(" ") else block[len(prompt) :]
-        samples.append(Sample(prompt.lstrip(), shown, parses(block)))
+        block = first_block(prompt + one.text)
+        samples.append(Sample(prompt, block[len(prompt) :], parses(block)))
     return samples
 
 
@@ -205,8 +208,8 @@ def run_demo(
 
     console.rule(f"foldscan demo: {_ABOUT.get(corpus, corpus)}")
     training, held_out = load_corpus(corpus)
-    if scale.train_bytes is not None:
-        training = take_bytes(training, scale.train_bytes)
+    if scale.train_bytes is not None and scale.held_out_bytes is not None:
+        training, held_out = take_bytes(training, scale.train_bytes), take_bytes(held_out, scale.held_out_bytes)
     data = prepare(
         run_dir / "data", corpus, scale.vocab, documents=(training, held_out), max_train_bytes=scale.train_bytes
     )
@@ -235,9 +238,7 @@ def run_demo(
     config.max_seconds = budget
     result = train(config, data=data, listener=None if quiet else Display(console))
     with console.status("judging the model"):
-        final = evaluate(
-            result.model, data.valid, batch_tokens=8192, seq_length=2048, max_tokens=scale.eval_tokens, precision="bf16"
-        )
+        final = evaluate(result.model, data.valid, batch_tokens=8192, seq_length=2048, precision="bf16")
         samples = _samples(scale, result, corpus == "stdlib", seed)
     model_dir = run_dir / "model"
     save_pretrained(result.model, model_dir, overwrite=True)
@@ -249,7 +250,7 @@ def run_demo(
         (
             "this model",
             final.bits_per_byte,
-            f"{final.documents} of {len(held_out)} files, in pieces of up to 2,048 tokens",
+            "read in pieces of up to 2,048 tokens",
         ),
     )
 
