@@ -56,8 +56,9 @@ std::tuple<Tensor, Tensor> compress_2_4(const Tensor& weight, const Tensor& mask
             mask.numel() == weight.numel(),
         "compress_2_4: weight must be dense (out, multiple of 4), and mask alike");
   const int64_t N = weight.size(0), K = weight.size(1);
-  Tensor values = empty({K / 2, N}, weight.scalar_type());
-  Tensor codes = empty({ceil_div(K, 8), N}, ScalarType::Byte);
+  const int64_t panels = ceil_div(N, pruning::kPanel);
+  Tensor values = empty({panels, K / 2, pruning::kPanel}, weight.scalar_type());
+  Tensor codes = empty({panels, ceil_div(K, 8), pruning::kPanel}, ScalarType::Byte);
   pruning::cpu::compress_2_4({.weight = data(weight),
                               .mask = in<bool>(mask, ScalarType::Bool),
                               .values = data(values),
@@ -68,16 +69,17 @@ std::tuple<Tensor, Tensor> compress_2_4(const Tensor& weight, const Tensor& mask
   return {values, codes};
 }
 
-void check_compressed(const Tensor& values, const Tensor& codes) {
-  check(values.dim() == 2 && values.is_contiguous() && values.size(0) % 2 == 0 && codes.dim() == 2 &&
-            codes.is_contiguous() && codes.scalar_type() == ScalarType::Byte && codes.size(1) == values.size(1) &&
-            codes.size(0) == ceil_div(values.size(0) * 2, 8),
+void check_compressed(const Tensor& values, const Tensor& codes, int64_t N) {
+  check(values.dim() == 3 && values.is_contiguous() && values.size(1) % 2 == 0 && values.size(2) == pruning::kPanel &&
+            values.size(0) == ceil_div(N, pruning::kPanel) && codes.dim() == 3 && codes.is_contiguous() &&
+            codes.scalar_type() == ScalarType::Byte && codes.size(0) == values.size(0) &&
+            codes.size(1) == ceil_div(values.size(1) * 2, 8) && codes.size(2) == pruning::kPanel,
         "linear_2_4: the compressed weight is malformed");
 }
 
-Tensor linear_2_4(const Tensor& x, const Tensor& values, const Tensor& codes, const OptTensor& bias) {
-  check_compressed(values, codes);
-  const int64_t N = values.size(1), K = values.size(0) * 2;
+Tensor linear_2_4(const Tensor& x, const Tensor& values, const Tensor& codes, int64_t N, const OptTensor& bias) {
+  check_compressed(values, codes, N);
+  const int64_t K = values.size(1) * 2;
   check(x.dim() == 2 && x.stride(1) == 1 && x.size(1) == K, "linear_2_4: x must be (rows, in) with dense rows");
   check(!bias || bias->numel() == N, "linear_2_4: bias has the wrong length");
   check(dtype_of(x) == DType::kBF16 || dtype_of(values) == DType::kF32, "linear_2_4: an fp32 x needs fp32 values");
@@ -96,10 +98,10 @@ Tensor linear_2_4(const Tensor& x, const Tensor& values, const Tensor& codes, co
   return out;
 }
 
-std::tuple<Tensor, Tensor> linear_2_4_backward(const Tensor& dout, const Tensor& values, const Tensor& codes,
+std::tuple<Tensor, Tensor> linear_2_4_backward(const Tensor& dout, const Tensor& values, const Tensor& codes, int64_t N,
                                                bool need_dx, bool need_dbias) {
-  check_compressed(values, codes);
-  const int64_t N = values.size(1), K = values.size(0) * 2;
+  check_compressed(values, codes, N);
+  const int64_t K = values.size(1) * 2;
   check(dout.dim() == 2 && dout.is_contiguous() && dout.size(1) == N, "linear_2_4_backward: dout has another shape");
   check(dtype_of(dout) == DType::kBF16 || dtype_of(values) == DType::kF32, "linear_2_4_backward: dtypes disagree");
   Tensor dx = empty({need_dx ? dout.size(0) : 0, K}, dout.scalar_type());
@@ -125,9 +127,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(foldscan, m) {
   m.def("group_topk_mask(Tensor scores, Tensor groups, int count, int keep) -> Tensor");
   m.def("sparsity_mask_2_4(Tensor scores, bool magnitude) -> Tensor");
   m.def("compress_2_4(Tensor weight, Tensor mask) -> (Tensor, Tensor)");
-  m.def("linear_2_4(Tensor x, Tensor values, Tensor codes, Tensor? bias) -> Tensor");
+  m.def("linear_2_4(Tensor x, Tensor values, Tensor codes, int out_features, Tensor? bias) -> Tensor");
   m.def(
-      "linear_2_4_backward(Tensor dout, Tensor values, Tensor codes, bool need_dx, bool need_dbias) -> "
+      "linear_2_4_backward(Tensor dout, Tensor values, Tensor codes, int out_features, bool need_dx, "
+      "bool need_dbias) -> "
       "(Tensor, Tensor)");
 }
 

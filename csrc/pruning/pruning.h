@@ -45,9 +45,12 @@ struct Mask24 {
   DType type;
 };
 
-// Compressed 2:4 weight W (N, K), stored along N so that panels of columns expand without a transposition:
-//   values (K / 2, N)          the two kept elements of group g (k = 4 g ..) are rows 2 g and 2 g + 1
-//   codes (ceil(K / 8), N)     bytes: low nibble group 2 b, high nibble 2 b + 1; i0 + 4 i1, the places i0 < i1
+// Compressed 2:4 weight W (N, K), in panels of kPanel outputs, each stored along its outputs: it expands without a
+// transposition, and a task reads one run of memory. Outputs beyond N are zeros.
+//   values (panels, K / 2, kPanel)        the two kept elements of group g (k = 4 g ..) are rows 2 g and 2 g + 1
+//   codes (panels, ceil(K / 8), kPanel)   bytes: low nibble group 2 b, high 2 b + 1; i0 + 4 i1, the places i0 < i1
+constexpr int64_t kPanel = 64;
+
 struct Compress24 {
   const void* weight;  // (N, K) dense
   const bool* mask;    // (N, K) dense, two of every four

@@ -22,53 +22,68 @@ constexpr int64_t kColumns = 4 * kNR;
 template <class T>
 constexpr int64_t kPiece = 32768 / (kNR * 4) * kK<T>;
 
-// Two kept values and their places for kNR columns of one group of four k, zero beyond `width`.
-template <class T>
+// Two kept values (as bits) and their places for kNR columns of one group of four k. Plain arrays
+// of one word size: the loops over columns become vector instructions.
 struct Group {
-  T v0[kNR], v1[kNR];
-  uint8_t code[kNR];
+  alignas(64) uint32_t v0[kNR], v1[kNR], i0[kNR], i1[kNR];
+
+  // The value at place k, or zero.
+  FOLDSCAN_INLINE uint32_t at(int64_t i, uint32_t k) const {
+    return (i0[i] == k ? v0[i] : 0u) | (i1[i] == k ? v1[i] : 0u);
+  }
+};
+
+template <class T>
+FOLDSCAN_INLINE void load_bits(const T* row, uint32_t* bits) {
+  if constexpr (sizeof(T) == 4) {
+    std::memcpy(bits, row, kNR * 4);
+  } else {
+    for (int64_t i = 0; i < kNR; ++i) bits[i] = row[i].bits;
+  }
+}
+
+static_assert(kPanel % kNR == 0);
+
+// Where the columns from n on (a multiple of kNR) of a compressed weight lie.
+template <class W>
+struct Columns {
+  const W* values;
+  const uint8_t* codes;
+
+  FOLDSCAN_INLINE Columns(const void* all_values, const uint8_t* all_codes, int64_t K, int64_t n)
+      : values(static_cast<const W*>(all_values) + n / kPanel * (K / 2) * kPanel + n % kPanel),
+        codes(all_codes + n / kPanel * ceil_div(K, 8) * kPanel + n % kPanel) {}
 };
 
 template <class T, class W>
-FOLDSCAN_INLINE void load_group(const W* values, const uint8_t* codes, int64_t N, int64_t group, int64_t n,
-                                int64_t width, Group<T>& g) {
-  copy_row(values + 2 * group * N + n, width, g.v0, kNR);
-  copy_row(values + (2 * group + 1) * N + n, width, g.v1, kNR);
-  const uint8_t* code = codes + group / 2 * N + n;
+FOLDSCAN_INLINE void load_group(const Columns<W>& from, int64_t group, Group& g) {
+  alignas(64) T row[kNR];
+  copy_row(from.values + 2 * group * kPanel, kNR, row, kNR);
+  load_bits(row, g.v0);
+  copy_row(from.values + (2 * group + 1) * kPanel, kNR, row, kNR);
+  load_bits(row, g.v1);
+  const uint8_t* code = from.codes + group / 2 * kPanel;
   const int shift = group % 2 ? 4 : 0;
-  for (int64_t i = 0; i < width; ++i) g.code[i] = static_cast<uint8_t>((code[i] >> shift) & 15);
-  for (int64_t i = width; i < kNR; ++i) g.code[i] = 4;
+  for (int64_t i = 0; i < kNR; ++i) {
+    const uint32_t c = static_cast<uint32_t>(code[i]) >> shift;
+    g.i0[i] = c & 3;
+    g.i1[i] = c >> 2 & 3;
+  }
 }
 
-FOLDSCAN_INLINE uint32_t bits_of(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, 4);
-  return u;
-}
-FOLDSCAN_INLINE uint32_t bits_of(bf16 x) { return x.bits; }
-
-// The value at place k of the group, or zero. Written with masks so that the loop over columns vectorises.
-template <class T>
-FOLDSCAN_INLINE uint32_t place(const Group<T>& g, int64_t i, uint32_t k) {
-  const uint32_t is0 = -static_cast<uint32_t>((g.code[i] & 3u) == k);
-  const uint32_t is1 = -static_cast<uint32_t>((g.code[i] >> 2 & 3u) == k);
-  return (bits_of(g.v0[i]) & is0) | (bits_of(g.v1[i]) & is1);
-}
-
-// K rows [k, k + count) (multiples of 4) of the panel at column n, packed as pack_b does.
+// K rows [k, k + count) (multiples of 4) of kNR columns, packed as pack_b does.
 template <class T, class W>
-void expand_panel(const W* values, const uint8_t* codes, int64_t N, int64_t k, int64_t count, int64_t n, int64_t width,
-                  T* dst) {
-  Group<T> g;
-  uint32_t* to = reinterpret_cast<uint32_t*>(dst);
+void expand_panel(const Columns<W>& from, int64_t k, int64_t count, T* dst) {
+  Group g;
+  uint32_t* __restrict to = reinterpret_cast<uint32_t*>(dst);
   for (int64_t j = 0; j < count; j += 4) {
-    load_group(values, codes, N, (k + j) / 4, n, width, g);
+    load_group<T>(from, (k + j) / 4, g);
     if constexpr (sizeof(T) == 4) {
       for (uint32_t r = 0; r < 4; ++r, to += kNR)
-        for (int64_t i = 0; i < kNR; ++i) to[i] = place(g, i, r);
+        for (int64_t i = 0; i < kNR; ++i) to[i] = g.at(i, r);
     } else {
       for (uint32_t r = 0; r < 4; r += 2, to += kNR)
-        for (int64_t i = 0; i < kNR; ++i) to[i] = place(g, i, r) | place(g, i, r + 1) << 16;
+        for (int64_t i = 0; i < kNR; ++i) to[i] = g.at(i, r) | g.at(i, r + 1) << 16;
     }
   }
 }
@@ -77,7 +92,6 @@ template <class X, class W>
 void run_linear(const Linear24& p) {
   const int64_t mb = ceil_div(p.M, kRows), columns = mb == 1 ? kNR : kColumns, nb = ceil_div(p.N, columns);
   const StridedRows<X, X> load_a{static_cast<const X*>(p.x), p.x_row, 1};
-  const W* values = static_cast<const W*>(p.values);
   parallel_for(mb * nb, grain_for(imin(p.M, kRows) * columns * p.K / 16), [&](int64_t task) {
     const int64_t m0 = task % mb * kRows, n0 = task / mb * columns;
     const int64_t rows = imin(kRows, p.M - m0), cols = imin(columns, p.N - n0);
@@ -91,7 +105,7 @@ void run_linear(const Linear24& p) {
       load_a(m0, rows, k, count, a, lda);
       for (int64_t n = 0; n < cols; n += kNR) {
         const int64_t width = imin(kNR, cols - n);
-        expand_panel(values, p.codes, p.N, k, count, n0 + n, width, b);
+        expand_panel(Columns<W>(p.values, p.codes, p.K, n0 + n), k, count, b);
         gemm_block<X>(rows, width, count, a, lda, kK<X>, b, kNR * kK<X>, 0, c + n, kColumns, k > 0);
       }
     }
@@ -113,13 +127,13 @@ void run_backward(const Linear24Backward& p) {
     Scratch scratch;
     X* dense = scratch.get<X>(p.K * p.N);
     parallel_for(p.K / 4, grain_for(p.N * 4), [&](int64_t group) {
-      Group<X> g;
+      Group g;
       for (int64_t n = 0; n < p.N; n += kNR) {
         const int64_t width = imin(kNR, p.N - n);
-        load_group(static_cast<const W*>(p.values), p.codes, p.N, group, n, width, g);
+        load_group<X>(Columns<W>(p.values, p.codes, p.K, n), group, g);
         for (uint32_t r = 0; r < 4; ++r)
           for (int64_t i = 0; i < width; ++i) {
-            const uint32_t u = place(g, i, r);
+            const uint32_t u = g.at(i, r);
             std::memcpy(dense + (4 * group + r) * p.N + n + i, &u, sizeof(X));
           }
       }
@@ -168,20 +182,25 @@ void run_compress(const Compress24& p) {
   T* values = static_cast<T*>(p.values);
   // A task takes the groups of a few cache lines of every row.
   constexpr int64_t kGroups = 16;
-  parallel_for(ceil_div(p.K / 4, kGroups), grain_for(p.N * kGroups * 8), [&](int64_t task) {
-    const int64_t begin = task * kGroups, end = imin(p.K / 4, begin + kGroups);
-    for (int64_t n = 0; n < p.N; ++n)
+  const int64_t pieces = ceil_div(p.K / 4, kGroups), code_rows = ceil_div(p.K, 8);
+  parallel_for(ceil_div(p.N, kPanel) * pieces, grain_for(kPanel * kGroups * 8), [&](int64_t task) {
+    const int64_t panel = task / pieces, begin = task % pieces * kGroups, end = imin(p.K / 4, begin + kGroups);
+    for (int64_t i = 0; i < kPanel; ++i) {
+      const int64_t n = panel * kPanel + i;
       for (int64_t g = begin; g < end; ++g) {
-        const bool* kept = p.mask + n * p.K + 4 * g;
-        const T* w = weight + n * p.K + 4 * g;
-        int place[2] = {0, 0}, found = 0;
-        for (int i = 0; i < 4; ++i)
-          if (kept[i] && found < 2) place[found++] = i;
-        for (int i = 0; i < 2; ++i) values[(2 * g + i) * p.N + n] = w[place[i]];
-        uint8_t& byte = p.codes[g / 2 * p.N + n];
+        T* to = values + (panel * (p.K / 2) + 2 * g) * kPanel + i;
+        uint8_t& byte = p.codes[(panel * code_rows + g / 2) * kPanel + i];
+        int place[2] = {0, 1}, found = 0;
+        to[0] = to[kPanel] = from_float<T>(0.0f);
+        if (n < p.N) {
+          for (int c = 0; c < 4; ++c)
+            if (p.mask[n * p.K + 4 * g + c] && found < 2) place[found++] = c;
+          for (int c = 0; c < 2; ++c) to[c * kPanel] = weight[n * p.K + 4 * g + place[c]];
+        }
         const uint8_t code = static_cast<uint8_t>(place[0] + 4 * place[1]);
         byte = static_cast<uint8_t>(g % 2 ? byte | code << 4 : code);
       }
+    }
   });
 }
 

@@ -14,25 +14,29 @@ from foldscan.ops._backend import use_native
 from foldscan.ops._library import compute_dtype, is_recording, kernels, register
 
 STATISTICS = 8  # rows of a statistics state
+PANEL = 64  # outputs that a compressed weight stores together
 REDUCTIONS = (("mean_abs", "l2"), ("mean_abs", "mean"), ("l2", "l2"), ("l2", "mean"))
 
 
 class Compressed24(NamedTuple):
     """A 2:4 sparse weight (out, in).
 
-    values: (in / 2, out), the kept elements: rows 2 g and 2 g + 1 belong to inputs 4 g to 4 g + 3.
-    codes: (ceil(in / 8), out) uint8: the low nibble for group 2 b, the high one for 2 b + 1: i0 + 4 i1 with the places
-    i0 < i1 of the two elements in their group.
+    Outputs come in panels of 64 (zeros beyond ``out_features``), each panel stored along its outputs.
+
+    values: (ceil(out / 64), in / 2, 64): the kept elements; rows 2 g and 2 g + 1 belong to inputs 4 g to 4 g + 3.
+    codes: (ceil(out / 64), ceil(in / 8), 64) uint8: the low nibble for group 2 b, the high one for 2 b + 1: i0 + 4 i1
+    with the places i0 < i1 of the two elements in their group.
     """
 
     values: torch.Tensor
     codes: torch.Tensor
+    out_features: int
 
     def to_dense(self) -> torch.Tensor:
         """The weight (out, in) with its zeros."""
         from foldscan.reference.pruning import decompress_2_4
 
-        return decompress_2_4(self.values, self.codes)
+        return decompress_2_4(self.values, self.codes, self.out_features)
 
 
 def channel_scores(x: torch.Tensor, *, reduce: tuple[str, str] = ("mean_abs", "l2")) -> torch.Tensor:
@@ -175,11 +179,13 @@ def compress_2_4(weight: torch.Tensor, mask: torch.Tensor) -> Compressed24:
     weight = weight.detach()
     if weight.dtype == torch.float16:
         weight = weight.float()
-    if not use_native(weight):
+    if use_native(weight):
+        values, codes = kernels.compress_2_4(weight.contiguous(), mask.contiguous())
+    else:
         from foldscan.reference import pruning as reference
 
-        return Compressed24(*reference.compress_2_4(weight, mask))
-    return Compressed24(*kernels.compress_2_4(weight.contiguous(), mask.contiguous()))
+        values, codes = reference.compress_2_4(weight, mask)
+    return Compressed24(values, codes, weight.shape[0])
 
 
 def linear_2_4(x: torch.Tensor, compressed: Compressed24, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -199,11 +205,12 @@ def linear_2_4(x: torch.Tensor, compressed: Compressed24, bias: torch.Tensor | N
     _checks.tensor("x", x)
     if not isinstance(compressed, Compressed24):
         raise TypeError(f"compressed: got {type(compressed).__name__}, want the result of compress_2_4")
-    values, codes = compressed
-    _checks.tensor("compressed.values", values, dims=2)
-    features, out_features = 2 * values.shape[0], values.shape[1]
+    values, codes, out_features = compressed
+    _checks.tensor("compressed.values", values)
+    _checks.shape("compressed.values", values, -(-out_features // PANEL), "in / 2", PANEL)
+    features = 2 * values.shape[1]
     _checks.tensor("compressed.codes", codes, dtypes=(torch.uint8,))
-    _checks.shape("compressed.codes", codes, -(-features // 8), out_features)
+    _checks.shape("compressed.codes", codes, values.shape[0], -(-features // 8), PANEL)
     if values.requires_grad:
         raise NotImplementedError("compressed: its values require a gradient, which a 2:4 weight does not have")
     if x.dim() < 1 or x.shape[-1] != features:
@@ -216,13 +223,14 @@ def linear_2_4(x: torch.Tensor, compressed: Compressed24, bias: torch.Tensor | N
     if not use_native(x, values, bias):
         return F.linear(x, compressed.to_dense().to(dtype), None if bias is None else bias.to(dtype))
     if dtype == torch.float16:
-        return linear_2_4(x.float(), Compressed24(values.float(), codes), bias).to(dtype)
+        return linear_2_4(x.float(), Compressed24(values.float(), codes, out_features), bias).to(dtype)
     if values.dtype not in (dtype, torch.float32):
         raise TypeError(f"compressed: got dtype {values.dtype}, want {dtype} as x has (or float32)")
     rows = x.reshape(math.prod(x.shape[:-1]), features)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    out = kernels.linear_2_4(rows, values.contiguous(), codes.contiguous(), None if bias is None else bias.float())
+    bias = None if bias is None else bias.float()
+    out = kernels.linear_2_4(rows, values.contiguous(), codes.contiguous(), out_features, bias)
     return out.view(*x.shape[:-1], out_features)
 
 
@@ -232,21 +240,22 @@ def _check_multiple_of_4(weight: torch.Tensor) -> None:
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, values, codes, _ = inputs
+    _, values, codes, ctx.out_features, _ = inputs
     ctx.save_for_backward(values, codes)
 
 
 def _backward_linear(ctx: Any, dout: torch.Tensor) -> Sequence[torch.Tensor | None]:
-    need_dx, _, _, need_dbias = ctx.needs_input_grad
-    dx, dbias = kernels.linear_2_4_backward(dout.contiguous(), *ctx.saved_tensors, need_dx, need_dbias)
-    return dx if need_dx else None, None, None, dbias if need_dbias else None
+    need_dx, _, _, _, need_dbias = ctx.needs_input_grad
+    flags = (ctx.out_features, need_dx, need_dbias)
+    dx, dbias = kernels.linear_2_4_backward(dout.contiguous(), *ctx.saved_tensors, *flags)
+    return dx if need_dx else None, None, None, None, dbias if need_dbias else None
 
 
 def _fake_linear_backward(
-    dout: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, need_dx: bool, need_dbias: bool
+    dout: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, out_features: int, need_dx: bool, need_dbias: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dx = dout.new_empty(dout.shape[0] if need_dx else 0, 2 * values.shape[0])
-    return dx, dout.new_empty(values.shape[1] if need_dbias else 0, dtype=torch.float32)
+    dx = dout.new_empty(dout.shape[0] if need_dx else 0, 2 * values.shape[1])
+    return dx, dout.new_empty(out_features if need_dbias else 0, dtype=torch.float32)
 
 
 register("score_update", lambda x, cu_seqlens, first, state: None)
@@ -255,13 +264,13 @@ register("sparsity_mask_2_4", lambda scores, magnitude: scores.new_empty(scores.
 register(
     "compress_2_4",
     lambda weight, mask: (
-        weight.new_empty(weight.shape[1] // 2, weight.shape[0]),
-        weight.new_empty((weight.shape[1] + 7) // 8, weight.shape[0], dtype=torch.uint8),
+        weight.new_empty(-(-weight.shape[0] // PANEL), weight.shape[1] // 2, PANEL),
+        weight.new_empty(-(-weight.shape[0] // PANEL), -(-weight.shape[1] // 8), PANEL, dtype=torch.uint8),
     ),
 )
 register(
     "linear_2_4",
-    lambda x, values, codes, bias: x.new_empty(x.shape[0], values.shape[1]),
+    lambda x, values, codes, out_features, bias: x.new_empty(x.shape[0], out_features),
     _setup_linear,
     _backward_linear,
 )

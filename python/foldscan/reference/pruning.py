@@ -45,21 +45,32 @@ def sparsity_mask_2_4(scores: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(four, dtype=torch.bool).scatter_(1, order[:, :2], True).view(scores.shape)
 
 
+PANEL = 64
+
+
+def _panels(t: torch.Tensor, fill: int = 0) -> torch.Tensor:
+    """(rows, out) to (panels, rows, 64)."""
+    missing = -t.shape[1] % PANEL
+    padded = torch.cat([t, t.new_full((t.shape[0], missing), fill)], dim=1)
+    return padded.view(t.shape[0], padded.shape[1] // PANEL, PANEL).transpose(0, 1).contiguous()
+
+
 def compress_2_4(weight: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Kept values (in / 2, out) and codes (ceil(in / 8), out) uint8 of weight (out, in)."""
+    """Kept values (panels, in / 2, 64) and codes (panels, ceil(in / 8), 64) uint8 of weight (out, in)."""
     out, features = weight.shape
     places = mask.view(-1, 4).nonzero()[:, 1].view(out, features // 4, 2)
-    values = weight.view(out, features // 4, 4).gather(2, places).reshape(out, features // 2).T.contiguous()
-    nibbles = (places[..., 0] + 4 * places[..., 1]).T
-    if nibbles.shape[0] % 2:
-        nibbles = torch.cat([nibbles, nibbles.new_zeros(1, out)])
-    return values, (nibbles[0::2] + 16 * nibbles[1::2]).to(torch.uint8)
+    values = weight.view(out, features // 4, 4).gather(2, places).reshape(out, features // 2)
+    nibbles = _panels((places[..., 0] + 4 * places[..., 1]).T, fill=4)  # a missing output: places 0 and 1
+    if nibbles.shape[1] % 2:
+        nibbles = torch.cat([nibbles, nibbles.new_zeros(nibbles.shape[0], 1, PANEL)], dim=1)
+    return _panels(values.T), (nibbles[:, 0::2] + 16 * nibbles[:, 1::2]).to(torch.uint8)
 
 
-def decompress_2_4(values: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+def decompress_2_4(values: torch.Tensor, codes: torch.Tensor, out_features: int) -> torch.Tensor:
     """The dense weight (out, in) with its zeros."""
-    half, out = values.shape
-    nibbles = torch.stack([codes & 15, codes >> 4], dim=1).flatten(0, 1)[: half // 2].long()
-    places = torch.stack([nibbles & 3, nibbles >> 2], dim=1)  # (in / 4, 2, out)
-    dense = values.new_zeros(half // 2, 4, out).scatter_(1, places, values.view(half // 2, 2, out))
-    return dense.view(2 * half, out).T.contiguous()
+    panels, half, _ = values.shape
+    nibbles = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1, 2)[:, : half // 2].long()
+    places = torch.stack([nibbles & 3, nibbles >> 2], dim=2)  # (panels, in / 4, 2, 64)
+    dense = values.new_zeros(panels, half // 2, 4, PANEL)
+    dense.scatter_(2, places, values.view(panels, half // 2, 2, PANEL))
+    return dense.view(panels, 2 * half, PANEL).transpose(1, 2).reshape(panels * PANEL, 2 * half)[:out_features]
