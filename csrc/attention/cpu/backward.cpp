@@ -133,7 +133,7 @@ void gradient_tile(const Backward& g, const Pair& pair, const float* delta, int6
         d.store(ds.rows + i * kBlockKeys + j);
       });
     } else {
-      // The even row of a pair stays in s and dp (as bf16) until the odd one comes.
+      // The even row of a pair waits (P in the memory of its scores) until the odd one comes.
       T *pe = reinterpret_cast<T*>(si), *de = ds.rows + i * kBlockKeys;
       gradient_row(p, k, si, di, lo, hi, padded, [&](int64_t j, VF e, VF d) {
         e.store(pe + j);
