@@ -3,7 +3,8 @@
 // The vocabulary is walked in waves of a few thousand columns. For each wave:
 //   1. fill() recomputes its logits and writes the gradients of the logits (fp32, or bf16 as operands for bf16 input);
 //   2. dhidden += dlogits W: chains over groups of kVocabGroup columns, added in the order of the groups in fp32;
-//   3. dweight rows of the wave = dlogits^T hidden: chains over the rows in order.
+//   3. dweight rows of the wave = dlogits^T hidden: chains over groups of kRowGroup rows, added in the order of the
+//   groups.
 // Tasks own what they write: no atomics, no result that depends on the number of threads; a row of dhidden does not
 // depend on the other rows, nor on the width of a wave.
 //
@@ -19,6 +20,8 @@ using foldscan::losses::HeadGradient;
 using foldscan::losses::kVocabGroup;
 
 constexpr int64_t kGradCols = kNR >= 128 ? kNR : 128;  // columns of H in a task of steps 2 and 3
+// Long chains lose digits: their rounding errors grow with the length.
+constexpr int64_t kRowGroup = 512;
 
 // Rows of dlogits or hidden as panels (the layout of pack_b_rows); row(k) points to the first of `width` elements.
 template <class T, class Row>
@@ -89,18 +92,27 @@ void store_dweight(const Head& head, const HeadGradient& grad, int64_t n, int64_
     Scratch scratch;
     T* a = scratch.get<T>(panel);
     float* c = scratch.get<float>(kNR * kGradCols);
+    float* sum = scratch.get<float>(kNR * kGradCols);
     pack_panel<T>([&](int64_t r) { return dlogits + r * ld + p; }, n, rows, a);
     for (int64_t h = 0; h < H; h += kGradCols) {
       const int64_t width = imin(kGradCols, H - h);
-      for (int64_t k = 0; k < n; k += step)
-        gemm_block<T>(rows, width, imin(step, n - k), a + k * kNR, kK<T>, kNR * kK<T>, x + h / kNR * panel + k * kNR,
-                      kNR * kK<T>, panel, c, kGradCols, k > 0);
+      for (int64_t g = 0; g < n; g += kRowGroup) {
+        const int64_t end = imin(n, g + kRowGroup);
+        for (int64_t k = g; k < end; k += step)
+          gemm_block<T>(rows, width, imin(step, end - k), a + k * kNR, kK<T>, kNR * kK<T>,
+                        x + h / kNR * panel + k * kNR, kNR * kK<T>, panel, c, kGradCols, k > g);
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t j = i * kGradCols; j < i * kGradCols + width; j += kLanes) {
+            const VF part = load_upto(c + j, i * kGradCols + width - j);
+            (g > 0 ? VF::load(sum + j) + part : part).store(sum + j);
+          }
+      }
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = (v + p + i) * H + h;
         if (head.weight_type == DType::kF32) {
-          copy_row(c + i * kGradCols, width, static_cast<float*>(grad.dweight) + at, width);
+          copy_row(sum + i * kGradCols, width, static_cast<float*>(grad.dweight) + at, width);
         } else {
-          copy_row(c + i * kGradCols, width, static_cast<bf16*>(grad.dweight) + at, width);
+          copy_row(sum + i * kGradCols, width, static_cast<bf16*>(grad.dweight) + at, width);
         }
       }
     }

@@ -186,10 +186,11 @@ void for_waves(int64_t n, int64_t V, int64_t H, int64_t wave, const Block& block
   }
 }
 
-// Blocks of a wave: partial results of `bytes` a row and block, 2 MB of them, but work for every thread.
+// Blocks of a wave: partial results of `bytes` a row and block, 2 MB of them, but enough tasks for every thread.
 inline int64_t wave_blocks(int64_t n, int64_t V, int64_t bytes) {
   const int64_t fit = (int64_t{2} << 20) / imax(1, n * bytes);
-  return imin(ceil_div(V, kVocabBlock), imax(fit, 2 * num_threads()));
+  const int64_t busy = ceil_div(2 * num_threads(), imax(1, ceil_div(n, kChunkRows)));
+  return imin(ceil_div(V, kVocabBlock), imax(fit, busy));
 }
 
 }  // namespace foldscan::FOLDSCAN_ISA::losses

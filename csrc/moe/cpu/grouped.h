@@ -6,8 +6,9 @@
 // outer_product is the weight gradient of one group: both operands are packed by rows, and a packed panel serves as the
 // A operand without a transpose (gemm.h: row stride one element or pair, k stride one panel row).
 //
-// Every element of a result is one chain over K (over the rows of the group, for a weight gradient), in order, on one
-// thread: a row's bits do not depend on the other rows, nor on the number of threads.
+// Every element of a product is one chain over K, in order, on one thread: a row's bits do not depend on the other
+// rows, nor on the number of threads. A weight gradient sums the rows of its group in runs of kRowGroup, run after run:
+// long chains lose digits.
 #pragma once
 
 #include "core/matmul.h"
@@ -17,6 +18,7 @@ namespace foldscan::FOLDSCAN_ISA::moe {
 constexpr int64_t kTaskRows = 8 * kMC;                 // rows that share one packing of B
 constexpr int64_t kTaskCols = kNR >= 128 ? kNR : 128;  // columns of a task, a multiple of kNR on every ISA
 static_assert(kTaskCols % kNR == 0);
+constexpr int64_t kRowGroup = 512;
 
 // B of every group: B_g[k][n] = p[g * group + k * k_stride + n * n_stride], or packed ahead of time.
 template <class T>
@@ -128,19 +130,25 @@ void outer_product(int64_t K, int64_t M, int64_t N, const T* a, const T* b, void
     const int64_t rows = imin(kNR, M - m), cols = imin(kTaskCols, N - n);
     Scratch scratch;
     float* c = scratch.get<float>(kNR * kTaskCols);
+    float* sum = scratch.get<float>(kNR * kTaskCols);
+    for (int64_t i = 0; i < kNR * kTaskCols; i += kLanes) VF::zero().store(sum + i);
     const T* pa = a + m / kNR * panel;
     const T* pb = b + n / kNR * panel;
-    for (int64_t k = 0; k < K; k += step)
-      gemm_block<T>(rows, cols, imin(step, K - k), pa + k * kNR, kK<T>, kNR * kK<T>, pb + k * kNR, kNR * kK<T>, panel,
-                    c, kTaskCols, k > 0);
+    for (int64_t g = 0; g < K; g += kRowGroup) {
+      const int64_t end = imin(K, g + kRowGroup);
+      for (int64_t k = g; k < end; k += step)
+        gemm_block<T>(rows, cols, imin(step, end - k), pa + k * kNR, kK<T>, kNR * kK<T>, pb + k * kNR, kNR * kK<T>,
+                      panel, c, kTaskCols, k > g);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = i * kTaskCols; j < i * kTaskCols + cols; j += kLanes)
+          (VF::load(sum + j) + load_upto(c + j, i * kTaskCols + cols - j)).store(sum + j);
+    }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = (m + i) * N + n;
-      if (K == 0)
-        for (int64_t j = 0; j < cols; ++j) c[i * kTaskCols + j] = 0.0f;
       if (type == DType::kF32) {
-        copy_row(c + i * kTaskCols, cols, static_cast<float*>(out) + at, cols);
+        copy_row(sum + i * kTaskCols, cols, static_cast<float*>(out) + at, cols);
       } else {
-        copy_row(c + i * kTaskCols, cols, static_cast<bf16*>(out) + at, cols);
+        copy_row(sum + i * kTaskCols, cols, static_cast<bf16*>(out) + at, cols);
       }
     }
   });
