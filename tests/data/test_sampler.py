@@ -77,6 +77,7 @@ def test_seeds_and_epochs_differ(file: TokenFile) -> None:
         return PackedSampler(file, batch_tokens=60, max_length=4, seed=seed).next().input_ids.tolist()
 
     assert first(0) == first(0) != first(1)
+    assert first(2**64 - 1) != first(2**64 - 2)
     sampler = PackedSampler(file, batch_tokens=file.num_tokens, max_length=4)
     assert sampler.next().input_ids.tolist() != sampler.next().input_ids.tolist()
 

@@ -63,6 +63,8 @@ def test_noise_depends_on_seed_and_position_alone() -> None:
     assert np.array_equal(gumbel_noise(1, 2, 100)[:7], gumbel_noise(1, 2, 7))
     assert not np.array_equal(gumbel_noise(1, 2, 100), gumbel_noise(1, 3, 100))
     assert not np.array_equal(gumbel_noise(1, 2, 100), gumbel_noise(2, 2, 100))
+    large = [gumbel_noise(2**64 - n, 0, 4).tolist() for n in (1, 2, 3)]  # no seed is lost in a float
+    assert large[0] != large[1] != large[2] != large[0]
     noise = np.concatenate([gumbel_noise(0, position, 1000) for position in range(100)])
     assert np.isfinite(noise).all()
     assert abs(noise.mean() - 0.5772) < 0.02 and abs(noise.var() - np.pi**2 / 6) < 0.05

@@ -91,7 +91,8 @@ class PackedSampler:
         self._order = self._permutation(0)
 
     def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
-        generator = np.random.Generator(np.random.Philox(key=[self.seed & 0xFFFFFFFFFFFFFFFF, epoch]))
+        key = np.array([self.seed & 0xFFFFFFFFFFFFFFFF, epoch], dtype=np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=key))
         return generator.permutation(len(self._table))
 
     def state(self) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,7 @@ _CODE_PROMPTS = [
     "if __name__ ==",
     "class Error(Exception):",
 ]
+_MARK = ".foldscan-demo"
 _PROSE_PROMPTS = ["It is a truth", "The people of", "She was", "Our country", "Fellow-citizens,", "Mr. Knightley"]
 
 
@@ -174,6 +176,19 @@ def _pick(samples: list[Sample], count: int = 6) -> list[Sample]:
     return shown
 
 
+def _make_room(run_dir: Path) -> None:
+    """Remove what an earlier demo left, and nothing that another program did."""
+    mark = run_dir / _MARK
+    if run_dir.exists() and any(run_dir.iterdir()) and not mark.exists():
+        raise FileExistsError(f"{run_dir} holds something that is no demo; choose another --run-dir")
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    for name in (METRICS_FILE, "report.html", "summary.json"):
+        (run_dir / name).unlink(missing_ok=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
 def run_demo(
     *,
     corpus: str = "stdlib",
@@ -194,6 +209,10 @@ def run_demo(
 
     Returns:
         The summary.
+
+    Raises:
+        FileExistsError: ``run_dir`` holds something that is no demo.
+        FetchError: a corpus could not be fetched.
     """
     started = time.perf_counter()
     console = Console(quiet=quiet)
@@ -201,10 +220,7 @@ def run_demo(
     budget = scale.seconds if seconds is None else seconds
     if budget <= 0:
         raise ValueError(f"seconds: got {seconds}, want more than 0")
-    for name in ("checkpoints", "tensorboard"):
-        shutil.rmtree(run_dir / name, ignore_errors=True)
-    for name in (METRICS_FILE, "report.html", "summary.json"):
-        (run_dir / name).unlink(missing_ok=True)
+    _make_room(run_dir)
 
     console.rule(f"foldscan demo: {_ABOUT.get(corpus, corpus)}")
     training, held_out = load_corpus(corpus)
@@ -307,7 +323,8 @@ def _print_summary(console: Console, rows: list[tuple[str, float, str]], report:
     for sample in report.samples[:2]:
         console.print(f"[cyan]{_escape(sample.prompt)}[/cyan]{_escape(sample.text)}", highlight=False)
     console.print(f"report: {run_dir / 'report.html'}  ({report.total_seconds:.0f} s in all)", highlight=False)
-    console.print(f'try: foldscan generate --model {run_dir / "model"} "def "', highlight=False)
+    prompt = shlex.quote(report.samples[0].prompt)
+    console.print(f"try: foldscan generate --model {run_dir / 'model'} {prompt}", highlight=False)
 
 
 def _escape(text: str) -> str:

@@ -38,7 +38,9 @@ class Sampling:
 def gumbel_noise(seed: int, position: int, size: int) -> npt.NDArray[np.float64]:
     """(size,) standard Gumbel numbers, a function of (seed, position) alone: Philox4x64 (Salmon et al., SC 2011) keyed
     by the seed, with the position in the counter's highest word."""
-    bits = np.random.Philox(key=[seed, 0], counter=[0, 0, 0, position]).random_raw(size)
+    key = np.array([seed, 0], dtype=np.uint64)
+    counter = np.array([0, 0, 0, position], dtype=np.uint64)
+    bits = np.random.Philox(key=key, counter=counter).random_raw(size)
     # 53 random bits in the middle of their cells: neither logarithm meets 0.
     uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     return -np.log(-np.log(uniform))

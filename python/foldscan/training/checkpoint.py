@@ -46,6 +46,12 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return [p for _, p in sorted(found)]
 
 
+def clear_leftovers(run_dir: Path) -> None:
+    """Remove what killed runs left of checkpoints that they were writing or removing; they have other names."""
+    for path in (run_dir / "checkpoints").glob(".step_*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def save_checkpoint(
     run_dir: Path,
     model: HybridLM,

@@ -11,7 +11,7 @@ import torch
 
 from foldscan.data import PackedSampler, TokenFile, Tokenizer
 from foldscan.models import HybridLM, load_pretrained
-from foldscan.training.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
+from foldscan.training.checkpoint import Progress, checkpoints, clear_leftovers, load_checkpoint, save_checkpoint
 from foldscan.training.config import TrainConfig
 from foldscan.training.corpus import PreparedData, prepare
 from foldscan.training.evaluate import Evaluation, autocast, evaluate
@@ -185,6 +185,7 @@ def train(
             f"{run_dir} already holds checkpoints up to {existing[-1].name}; resume it or choose another"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(run_dir)
     opened = data or open_data(config)
     model = _build_model(config, opened.tokenizer)
     optimizer = make_optimizer(model, config)
