@@ -249,6 +249,7 @@ ExpertShape expert_shape(const Tensor& tokens, const Tensor& probs, const Tensor
               w_gate->scalar_type() == w_up.scalar_type(),
           "moe_mlp: w_gate differs from w_up in shape or dtype");
   }
+  check(w_up.numel() > 0 && s.k > 0, "moe_mlp: want experts, hidden units, inputs and slots");
   check_experts(in_i64(experts), experts.numel(), s.E);
   return s;
 }
@@ -334,8 +335,8 @@ Tensor moe_mlp_packed(const Tensor& tokens, const Tensor& probs, const Tensor& e
     return w.is_contiguous() && w.scalar_type() == tokens.scalar_type() && w.size(0) == s.E &&
            w.numel() == s.E * packed_elements(N, K, type);
   };
-  check(experts.size(0) == s.T && probs.size(0) == s.T && probs.size(1) == s.k && fits(up, F, s.H) &&
-            fits(down, D, F) && (!gate || fits(*gate, F, s.H)),
+  check(s.E > 0 && s.k > 0 && F > 0 && s.H > 0 && experts.size(0) == s.T && probs.size(0) == s.T &&
+            probs.size(1) == s.k && fits(up, F, s.H) && fits(down, D, F) && (!gate || fits(*gate, F, s.H)),
         "moe_mlp_packed: shapes or dtypes disagree");
   check_experts(in_i64(experts), experts.numel(), s.E);
   return std::get<0>(run_experts(tokens, probs, experts, s,

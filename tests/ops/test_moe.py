@@ -293,6 +293,10 @@ def test_bad_arguments_are_named() -> None:
         ops.moe_mlp(x, probs, experts, up, up)
     with pytest.raises(ValueError, match="tokens: got shape"):
         ops.moe_mlp(x[:, :5], probs, experts, up, down)
+    with pytest.raises(ValueError, match=r"w_up: got shape \(3, 0, 8\)"):
+        ops.moe_mlp(x, probs, experts, up[:, :0], down[:, :, :0])
+    with pytest.raises(ValueError, match=r"experts: got shape \(6, 0\)"):
+        ops.moe_mlp(x, probs[:, :0], experts[:, :0], up, down)
     with pytest.raises(ValueError, match="activation: got 'tanh'"):
         ops.moe_mlp(x, probs, experts, up, down, activation="tanh")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="w_up: got dtype"):

@@ -283,6 +283,8 @@ def moe_mlp(
     _checks.tensor("w_up", w_up, dims=3)
     _checks.tensor("w_down", w_down, dims=3)
     E, F, H = w_up.shape
+    if 0 in w_up.shape:
+        raise ValueError(f"w_up: got shape {tuple(w_up.shape)}, want no empty dimension")
     _check_experts(experts, tokens.shape[0], E)
     _checks.shape("probs", probs, *experts.shape)
     _checks.shape("tokens", tokens, "T", H)
@@ -393,6 +395,8 @@ def router_z_loss(logits: torch.Tensor, *, mask: torch.Tensor | None = None) -> 
 def _check_experts(experts: torch.Tensor, num_tokens: int, num_experts: int) -> None:
     _checks.tensor("experts", experts, dtypes=_INTS, dims=2)
     _checks.shape("experts", experts, num_tokens, "k")
+    if experts.shape[1] == 0:
+        raise ValueError(f"experts: got shape {tuple(experts.shape)}, want at least one slot")
     if is_recording() or experts.numel() == 0 or experts.device.type != "cpu":
         return
     low, high = (int(v) for v in torch.aminmax(experts))
