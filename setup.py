@@ -26,8 +26,9 @@ class CMakeBuild(build_ext):
             f"-DFOLDSCAN_OUTPUT_DIR={output}",
             "-DFOLDSCAN_TESTS=OFF",
         ]
-        if isas := os.environ.get("FOLDSCAN_BUILD_ISAS"):
-            args.append(f"-DFOLDSCAN_ISAS={isas}")
+        # A developer's quick build of one instruction set must not be remembered by the next full one.
+        isas = os.environ.get("FOLDSCAN_BUILD_ISAS")
+        args.append(f"-DFOLDSCAN_ISAS={isas}" if isas else "-UFOLDSCAN_ISAS")
         cmake = [sys.executable, "-m", "cmake"] if _has_module("cmake") else ["cmake"]
         subprocess.run([*cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *args], check=True)
         subprocess.run([*cmake, "--build", str(build)], check=True)
