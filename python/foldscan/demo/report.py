@@ -168,7 +168,7 @@ def _curves(report: Report) -> str:
     return (
         '<div class="grid2">'
         + _card("Training loss", "Nats a token; the strong line is a moving average.", loss)
-        + _card("Held-out bits per byte", "A sample of the files that the model never saw; lower is better.", bits)
+        + _card("Held-out bits per byte", "Files that the model never saw; lower is better.", bits)
         + "</div>"
     )
 
@@ -180,7 +180,7 @@ def _compression(report: Report) -> str:
         for n, v, remark in sorted(report.bits_per_byte, key=lambda r: r[1])
     )
     table = f'<table><tr><th>predictor</th><th class="n">bits per byte</th><th></th></tr>{rows}</table>'
-    return _card("Against simpler predictors", "On all held-out files; lower is better.", table)
+    return _card("Against simpler predictors", "The same held-out bytes for all; lower is better.", table)
 
 
 def _speed(report: Report) -> str:

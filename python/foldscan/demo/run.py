@@ -23,7 +23,7 @@ from foldscan.demo.speed import generation_speed, training_speed
 from foldscan.generation import Engine
 from foldscan.models import HybridConfig, HybridLM, save_pretrained
 from foldscan.models.files import write_json
-from foldscan.training import Display, PreparedData, TrainConfig, TrainResult, evaluate, prepare, train
+from foldscan.training import Display, PreparedData, TrainConfig, TrainResult, prepare, train
 from foldscan.training.corpus import take_bytes
 from foldscan.training.metrics import METRICS_FILE, environment, read_metrics
 
@@ -56,17 +56,16 @@ class Scale:
     hidden: int
     batch_tokens: int
     train_bytes: int | None
-    held_out_bytes: int | None
+    held_out_bytes: int
     snippets: int
     new_tokens: int
     rounds: int
-    eval_tokens: int
     ngram_order: int
     primed_lzma: bool
 
 
-FULL = Scale(150, 4096, 192, 4096, None, None, 64, 96, 5, 1 << 15, 6, True)
-SMOKE = Scale(8, 1024, 96, 2048, 1 << 21, 1 << 16, 8, 40, 2, 1 << 11, 4, False)
+FULL = Scale(150, 4096, 192, 4096, None, 1 << 18, 64, 96, 5, 6, True)
+SMOKE = Scale(8, 1024, 96, 2048, 1 << 21, 1 << 15, 8, 40, 2, 4, False)
 
 
 def demo_model(scale: Scale) -> HybridConfig:
@@ -116,8 +115,8 @@ def _train_config(scale: Scale, run_dir: Path, data: PreparedData, steps: int, s
         weight_decay=0.05,
         precision="bf16",
         seed=seed,
-        eval_every=max(1, steps // 8),
-        eval_tokens=scale.eval_tokens,
+        eval_every=max(1, steps // 6),
+        eval_tokens=0,
         log_every=max(1, steps // 120),
         checkpoint_every=max(1, steps // 2),
         keep_checkpoints=1,
@@ -224,11 +223,10 @@ def run_demo(
 
     console.rule(f"foldscan demo: {_ABOUT.get(corpus, corpus)}")
     training, held_out = load_corpus(corpus)
-    if scale.train_bytes is not None and scale.held_out_bytes is not None:
-        training, held_out = take_bytes(training, scale.train_bytes), take_bytes(held_out, scale.held_out_bytes)
-    data = prepare(
-        run_dir / "data", corpus, scale.vocab, documents=(training, held_out), max_train_bytes=scale.train_bytes
-    )
+    held_out = take_bytes(held_out, scale.held_out_bytes)
+    if scale.train_bytes is not None:
+        training = take_bytes(training, scale.train_bytes)
+    data = prepare(run_dir / "data", corpus, scale.vocab, documents=(training, held_out))
     assert data.valid is not None  # a corpus always has a held-out part
     console.print(
         f"{len(training)} files to learn from, {len(held_out)} held out; {data.train.num_bytes / 1e6:.1f} MB = "
@@ -253,8 +251,8 @@ def run_demo(
     config = _train_config(scale, run_dir, data, steps, seed)
     config.max_seconds = budget
     result = train(config, data=data, listener=None if quiet else Display(console))
+    assert result.evaluation is not None  # there is held-out data
     with console.status("judging the model"):
-        final = evaluate(result.model, data.valid, batch_tokens=8192, seq_length=2048, precision="bf16")
         samples = _samples(scale, result, corpus == "stdlib", seed)
     model_dir = run_dir / "model"
     save_pretrained(result.model, model_dir, overwrite=True)
@@ -265,8 +263,8 @@ def run_demo(
         0,
         (
             "this model",
-            final.bits_per_byte,
-            "read in pieces of up to 2,048 tokens",
+            result.evaluation.bits_per_byte,
+            f"read in pieces of up to {config.seq_length} tokens",
         ),
     )
 

@@ -36,13 +36,18 @@ def take_bytes(documents: Sequence[Document], limit: int) -> list[Document]:
     return taken
 
 
+def _digest(*parts: list[Document]) -> str:
+    """A short name for a choice of documents."""
+    names = [[(d.name, len(d.text)) for d in part] for part in parts]
+    return hashlib.sha256(repr(names).encode()).hexdigest()[:16]
+
+
 def prepare(
     folder: Path,
     corpus: str,
     vocab_size: int,
     *,
     documents: tuple[list[Document], list[Document]] | None = None,
-    max_train_bytes: int | None = None,
 ) -> PreparedData:
     """Train a tokenizer on a corpus and write its token files, or open what an earlier call left.
 
@@ -50,18 +55,15 @@ def prepare(
         folder: gets ``tokenizer.json``, ``train.tokens`` and ``valid.tokens``.
         corpus: a name of `foldscan.data.CORPORA`.
         vocab_size: 257 for raw bytes, else byte-level BPE trained on the training documents.
-        documents: (training, held-out) already loaded.
-        max_train_bytes: use only about so many bytes of training text (`take_bytes`).
+        documents: (training, held-out) to use instead of all of the corpus.
     """
-    source = f"{corpus}/{vocab_size}/{max_train_bytes or 'all'}"
+    source = f"{corpus}/{vocab_size}/{'all' if documents is None else _digest(*documents)}"
     train_path, valid_path = folder / "train.tokens", folder / "valid.tokens"
     if (folder / TOKENIZER_FILE).is_file() and train_path.is_dir() and valid_path.is_dir():
         train, valid = TokenFile(train_path), TokenFile(valid_path)
         if train.header.get("source") == valid.header.get("source") == source:
             return PreparedData(Tokenizer.load(folder), train, valid)
     training, held_out = documents or load_corpus(corpus)
-    if max_train_bytes is not None:
-        training = take_bytes(training, max_train_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     texts = [d.text for d in training]
     tokenizer = Tokenizer.raw_bytes() if vocab_size == 257 else Tokenizer.train(texts, vocab_size)
