@@ -73,8 +73,7 @@ def test_nemotron_h_both_ways(tmp_path: Path, changes: dict[str, Any]) -> None:
     theirs = nemotron(**changes)
     theirs.save_pretrained(tmp_path / "hf")
     want = hf_logits(theirs)
-    # transformers clamps dt from below at time_step_min, so ours is told to.
-    ours = load_pretrained(tmp_path / "hf", time_step_limit=(1e-3, math.inf))
+    ours = load_pretrained(tmp_path / "hf")
     assert want.abs().max() > 0.5
     torch.testing.assert_close(logits(ours), want, atol=1e-4, rtol=0)
     assert save_pretrained(ours, tmp_path / "back") == "nemotron_h"
@@ -88,9 +87,18 @@ def test_the_clamp_of_dt_is_a_real_difference() -> None:
     with torch.no_grad():
         theirs.model.layers[0].mixer.dt_bias.fill_(-9.0)  # softplus about 1e-4, below time_step_min
     want = hf_logits(theirs)
-    clamped = load_pretrained(theirs, time_step_limit=(1e-3, math.inf))
+    clamped = load_pretrained(theirs)
+    assert clamped.config.time_step_limit == (1e-3, math.inf)
     torch.testing.assert_close(logits(clamped), want, atol=1e-4, rtol=0)
-    assert (logits(load_pretrained(theirs)) - want).abs().max() > 2e-4
+    trained = load_pretrained(theirs, time_step_limit=(0.0, math.inf))
+    assert (logits(trained) - want).abs().max() > 2e-4
+
+
+@pytest.mark.parametrize(("version", "limit"), [("4.48.0.dev0", (0.0, math.inf)), ("5.1.0", (1e-3, math.inf))])
+def test_the_clamp_is_that_of_the_writer(tmp_path: Path, version: str, limit: tuple[float, float]) -> None:
+    nemotron(layers_block_type=["linear_attention"]).save_pretrained(tmp_path)
+    edit_config(tmp_path, transformers_version=version, time_step_limit=[0.0, math.inf])
+    assert load_pretrained(tmp_path).config.time_step_limit == limit
 
 
 def test_a_model_in_memory_is_read_like_its_directory(tmp_path: Path) -> None:

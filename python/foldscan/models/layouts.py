@@ -116,8 +116,12 @@ class NemotronH:
                 f"{where}: field 'topk_group' is {best}, want {chosen // 2}: a group is scored by its best two "
                 "experts there, by its best num_experts_per_tok / topk_group here"
             )
-        low, high = values.get("time_step_limit") or (0.0, math.inf)
         dt_min = _number(values.get("time_step_min", 1e-3), "time_step_min", where)
+        low, high = values.get("time_step_limit") or (0.0, math.inf)
+        if str(values.get("transformers_version", "")).partition(".")[0] in ("5", "6"):
+            # From release 5 on transformers ignores time_step_limit and clamps dt from below at time_step_min, on its
+            # PyTorch path and in its kernels' arguments alike: that is the function of a model it has written.
+            low, high = dt_min, math.inf
         fields: dict[str, Any] = {
             "pattern": pattern,
             "vocab_size": want_field(values, "vocab_size", integer, where),

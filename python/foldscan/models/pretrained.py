@@ -74,9 +74,9 @@ def load_pretrained(
     Args:
         source: where to load from.
         dtype: of the weights in memory.
-        time_step_limit: overrides the clamp of dt of a Mamba-2 model. transformers clamps at ``time_step_min`` from
-            below and does not read ``time_step_limit``, the bounds that the published models were trained with and
-            that are the default here: pass ``(time_step_min, inf)`` to compute what transformers computes.
+        time_step_limit: overrides the clamp of dt of a Mamba-2 model. By default it is what the writer of the files
+            computes: ``config.time_step_limit``, but for files of transformers 5, which clamps at ``time_step_min``
+            from below instead (docs/models.md).
 
     Raises:
         FormatError: a malformed file; the message names the file and the field or tensor.
