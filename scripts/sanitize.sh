@@ -41,7 +41,11 @@ done
 configure asan-ops -DFOLDSCAN_SANITIZE=address,undefined -DFOLDSCAN_ISAS="$isa" -DFOLDSCAN_TESTS=OFF \
   -DFOLDSCAN_TORCH_DIR="$torch" -DFOLDSCAN_PYTHON="$python" -DFOLDSCAN_OUTPUT_DIR="$PWD/$overlay"
 compile asan-ops all
-runtime=$(gcc -print-file-name=libasan.so)
+# The C++ library first of all, or the sanitizer does not find the function that throws exceptions.
+runtime="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)"
 PYTHONPATH=$PWD/build/asan-ops/python LD_PRELOAD=$runtime \
-  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:allocator_may_return_null=1 \
-  "$python" -m pytest -x -q -p no:cacheprovider -k "not memory and not compile" "${tests[@]}"
+  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:log_path=$PWD/build/asan-ops/report \
+  "$python" -m pytest -x -q -p no:cacheprovider -k "not memory and not compile" "${tests[@]}" || {
+  cat build/asan-ops/report* # pytest swallows what a dying process prints
+  exit 1
+}

@@ -1,7 +1,11 @@
 """Shared by all tests: the helpers module on the path, two threads, a fixed seed."""
 
+import os
 import sys
 from pathlib import Path
+
+# Idle OpenMP threads that spin make a busy two-core machine several times slower; read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

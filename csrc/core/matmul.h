@@ -5,7 +5,9 @@
 //                                     (type T; for bf16 an odd kc is followed by a zero)
 //   store(m, n, row, count)           takes the finished fp32 values C[m][n .. n + count)
 //
-// Tiles of kMC x kNC are independent tasks; C is accumulated in a tile of scratch, in the order of k.
+// Tiles of kMC x kNC are independent tasks. K falls into runs of kKC: a run is one chain of multiply-adds in the order
+// of k, and the runs are added in order. Long sums (weight gradients over all tokens) keep their digits that way, and a
+// value still depends on nothing but its own row, column and K.
 #pragma once
 
 #include "core/gemm.h"
@@ -15,23 +17,31 @@ namespace foldscan::FOLDSCAN_ISA {
 
 constexpr int64_t kMC = 96;                  // rows of a task: A block 96 x 512 fp32 = 192 KB of L2
 constexpr int64_t kNC = 4 * kNR;             // columns of a task
-constexpr int64_t kKC = 512;                 // K of a block of A
+constexpr int64_t kKC = 512;                 // K of a block of A, and length of a run
 constexpr int64_t kKL1 = 32768 / (kNR * 4);  // K steps of a panel of B that fits L1
 
-// One task: C[m0.. m0+rows, n0.. n0+cols), c is scratch of kMC * kNC, a of kMC * (kKC + 2).
+// sum += run, on a tile with rows of kNC.
+FOLDSCAN_INLINE void add_run(const float* run, int64_t rows, int64_t cols, float* sum) {
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t n = m * kNC; n < m * kNC + cols; n += kLanes) (VF::load(sum + n) + VF::load(run + n)).store(sum + n);
+}
+
+// One task: C[m0.. m0+rows, n0.. n0+cols). Scratch: c and run kMC * kNC each, a kMC * (kKC + 2).
 template <class T, class LoadA>
 FOLDSCAN_INLINE void matmul_tile(int64_t m0, int64_t rows, int64_t n0, int64_t cols, int64_t K, const LoadA& load_a,
-                                 const T* b, T* a, float* c) {
+                                 const T* b, T* a, float* run, float* c) {
   const int64_t panel = b_panel_size<T>(K);
   const T* b0 = b + (n0 / kNR) * panel;
   constexpr int64_t lda = kKC + 2;
   if (K == 0) gemm_block<T>(rows, cols, 0, a, lda, kK<T>, b0, kNR * kK<T>, panel, c, kNC, false);
   for (int64_t k = 0; k < K; k += kKC) {
     const int64_t kc = imin(kKC, K - k);
+    float* to = k == 0 ? c : run;
     load_a(m0, rows, k, kc, a, lda);
     for (int64_t s = 0; s < kc; s += kKL1 * kK<T>)
       gemm_block<T>(rows, cols, imin(kKL1 * kK<T>, kc - s), a + s, lda, kK<T>, b0 + (k + s) * kNR, kNR * kK<T>, panel,
-                    c, kNC, k + s > 0);
+                    to, kNC, s > 0);
+    if (k > 0) add_run(run, rows, cols, c);
   }
 }
 
@@ -46,8 +56,9 @@ void matmul(int64_t M, int64_t N, int64_t K, const LoadA& load_a, const T* packe
     const int64_t rows = imin(kMC, M - m0), cols = imin(nc, N - n0);
     Scratch scratch;
     T* a = scratch.get<T>(kMC * (kKC + 2));
+    float* run = scratch.get<float>(kMC * kNC);
     float* c = scratch.get<float>(kMC * kNC);
-    matmul_tile<T>(m0, rows, n0, cols, K, load_a, packed_b, a, c);
+    matmul_tile<T>(m0, rows, n0, cols, K, load_a, packed_b, a, run, c);
     for (int64_t m = 0; m < rows; ++m) store(m0 + m, n0, c + m * kNC, cols);
   });
 }

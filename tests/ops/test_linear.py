@@ -66,6 +66,30 @@ def test_the_packed_weight_follows_changes_of_the_weight() -> None:
     assert ops.linear(x, w).tolist() == [[8.0, 8.0]]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_packed_weight_follows_optimizers(fused: bool) -> None:
+    """Fused optimizers change a parameter without raising its version counter."""
+    w = torch.nn.Parameter(torch.ones(2, 4))
+    optimizer = torch.optim.AdamW([w], lr=0.5, fused=fused)
+    x = torch.ones(1, 4)
+    with torch.no_grad():
+        assert ops.linear(x, w).tolist() == [[4.0, 4.0]]
+    ops.linear(x, w).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert torch.equal(ops.linear(x, w), ops.linear(x, w.clone()))
+        w.data.fill_(3.0)
+        ops.clear_packed_weights()
+        assert ops.linear(x, w).tolist() == [[12.0, 12.0]]
+
+
+def test_long_sums_keep_their_digits() -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(30, 20000), torch.randn(40, 20000)
+    want = F.linear(x.double(), w.double())
+    assert relative_rmse(ops.linear(x, w), want) < 1e-6
+
+
 def test_bad_arguments_are_named() -> None:
     x, w = torch.zeros(2, 4), torch.zeros(3, 5)
     with pytest.raises(ValueError, match=r"x: got shape \(2, 4\)"):

@@ -1,7 +1,7 @@
 // Linear layer on the packed GEMM.
 //
 // FLOPs: 2 M N K forward, 4 M N K backward. Bytes: each operand once from memory, packed B once more.
-// Numerics: products and sums in fp32, one chain over K per output (linear.h's row invariance follows from gemm.h);
+// Numerics: products and sums in fp32, over K in order in runs of 512 (core/matmul.h), whatever the number of rows;
 //   bf16 operands are multiplied as bf16; dweight is rounded once, from its fp32 sum.
 // Determinism: no value is summed by more than one thread.
 #include "linear/linear.h"

@@ -4,10 +4,10 @@
 //   layout of the GEMM micro-kernel, in L1, and multiplies; with few rows that streams the compressed bytes from memory
 //   once, with many the expansion is shared by all rows of the task.
 // FLOPs: 2 M N K (the zeros are multiplied). Bytes of the weight: 9/16 of a dense bf16 one, 17/32 of fp32, once for
-// every
-//   kRows rows.
-// Numerics and determinism: every output is one chain over k in order, zeros included, as in csrc/linear: the same bits
-//   as that layer with the dense masked weight, whatever the number of rows and threads.
+//   every kRows rows.
+// Numerics and determinism: every output is summed over k in order and in the runs of core/matmul.h, zeros included:
+// the
+//   same bits as csrc/linear with the dense masked weight, whatever the number of rows and threads.
 #include "core/matmul.h"
 #include "pruning/pruning.h"
 
@@ -17,10 +17,10 @@ namespace {
 using namespace foldscan::pruning;
 
 constexpr int64_t kRows = 192;
-constexpr int64_t kColumns = 4 * kNR;
-// K of an expanded piece, a multiple of 8 (one byte of codes): a panel of it is 32 KB.
+constexpr int64_t kColumns = kNC;
+// K of an expanded piece, a multiple of 8 (one byte of codes): a panel of it is at most 32 KB and within a run.
 template <class T>
-constexpr int64_t kPiece = 32768 / (kNR * 4) * kK<T>;
+constexpr int64_t kPiece = 32768 / (kNR * 4) * kK<T> < kKC ? 32768 / (kNR * 4) * kK<T> : kKC;
 
 // Two kept values (as bits) and their places for kNR columns of one group of four k. Plain arrays
 // of one word size: the loops over columns become vector instructions.
@@ -42,7 +42,7 @@ FOLDSCAN_INLINE void load_bits(const T* row, uint32_t* bits) {
   }
 }
 
-static_assert(kPanel % kNR == 0);
+static_assert(kPanel % kNR == 0 && kKC % kPiece<float> == 0 && kKC % kPiece<bf16> == 0);
 
 // Where the columns from n on (a multiple of kNR) of a compressed weight lie.
 template <class W>
@@ -98,16 +98,19 @@ void run_linear(const Linear24& p) {
     Scratch scratch;
     X* a = scratch.get<X>(kRows * (kPiece<X> + 2));
     X* b = scratch.get<X>(kPiece<X> * kNR);
+    float* run = scratch.get<float>(kRows * kColumns);
     float* c = scratch.get<float>(kRows * kColumns);
     constexpr int64_t lda = kPiece<X> + 2;
     for (int64_t k = 0; k < p.K || k == 0; k += kPiece<X>) {
       const int64_t count = imin(kPiece<X>, p.K - k);
       load_a(m0, rows, k, count, a, lda);
+      float* to = k < kKC ? c : run;
       for (int64_t n = 0; n < cols; n += kNR) {
         const int64_t width = imin(kNR, cols - n);
         expand_panel(Columns<W>(p.values, p.codes, p.K, n0 + n), k, count, b);
-        gemm_block<X>(rows, width, count, a, lda, kK<X>, b, kNR * kK<X>, 0, c + n, kColumns, k > 0);
+        gemm_block<X>(rows, width, count, a, lda, kK<X>, b, kNR * kK<X>, 0, to + n, kColumns, k % kKC != 0);
       }
+      if (k >= kKC && ((k + count) % kKC == 0 || k + count == p.K)) add_run(run, rows, cols, c);
     }
     X* out = static_cast<X*>(p.out) + m0 * p.N + n0;
     for (int64_t m = 0; m < rows; ++m)

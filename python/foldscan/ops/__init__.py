@@ -1,16 +1,16 @@
 """The public operators: PyTorch functions over the compiled kernels, one file a family."""
 
 from foldscan.ops._backend import backend, current_backend
+from foldscan.ops._packed import clear_packed_weights
 from foldscan.ops.attention import flash_attn_func, flash_attn_varlen_func, merge_attention
 from foldscan.ops.attention_cache import flash_attn_with_kvcache, kv_cache_append
 from foldscan.ops.linear import linear
 from foldscan.ops.losses import TokenStats, linear_cross_entropy, linear_kl_div, linear_logprob
-from foldscan.ops.moe import (
+from foldscan.ops.moe import grouped_mm, moe_mlp
+from foldscan.ops.moe_routing import (
     Permutation,
     expert_capacity,
-    grouped_mm,
     load_balancing_loss,
-    moe_mlp,
     permute,
     router_z_loss,
     topk_route,
@@ -40,6 +40,7 @@ __all__ = [
     "causal_conv1d_update",
     "causal_conv1d_varlen_states",
     "channel_scores",
+    "clear_packed_weights",
     "compress_2_4",
     "current_backend",
     "expert_capacity",

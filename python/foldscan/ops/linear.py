@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ import torch.nn.functional as F
 
 from foldscan.ops import _checks
 from foldscan.ops._backend import use_native
-from foldscan.ops._library import compute_dtype, is_recording, kernels, register
+from foldscan.ops._library import compute_dtype, kernels, register
+from foldscan.ops._packed import cached_pack, may_cache
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -24,9 +24,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         bias: (out) or None.
 
     Returns:
-        (..., out), in the dtype of the (cast) x. Products are accumulated in fp32, in the order of ``in``.
+        (..., out), in the dtype of the (cast) x. Products are accumulated in fp32 over ``in`` in order, in runs of 512.
 
-    Without gradients the packed weight is cached (as large as the weight) until the weight is changed or freed.
+    Without gradients the packed weight is cached (as large as the weight) until the weight is changed or freed, or an
+    optimizer steps; after editing ``weight.data`` in place call ``clear_packed_weights``.
 
     Raises:
         TypeError: wrong dtypes. ValueError: wrong shapes.
@@ -55,35 +56,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         rows = rows.contiguous()
     if weight.stride(1) != 1:
         weight = weight.contiguous()
-    if _may_cache(rows, weight, bias):
-        out = kernels.linear_packed(rows, _packed(weight, dtype), weight.shape[0], weight.shape[1], bias)
+    if may_cache((weight,), (rows, bias)):
+        out = kernels.linear_packed(rows, packed_linear(weight, dtype), weight.shape[0], weight.shape[1], bias)
     else:
         out = kernels.linear(rows, weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-# Packed weights by the id of the weight: (weak reference, version, dtype, packed).
-_cache: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.dtype, torch.Tensor]] = {}
-
-
-def _may_cache(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    if is_recording() or (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    ):
-        return False
-    # An inference tensor has no version counter, a subclass may not be what it seems: do not guess.
-    return type(weight) in (torch.Tensor, torch.nn.Parameter) and not weight.is_inference() and x.device.type == "cpu"
-
-
-def _packed(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    key = id(weight)
-    hit = _cache.get(key)
-    if hit is not None and hit[0]() is weight and hit[1] == weight._version and hit[2] == dtype:
-        return hit[3]
-    packed = kernels.linear_pack(weight, dtype == torch.bfloat16)
-    reference = weakref.ref(weight, lambda _: _cache.pop(key, None))
-    _cache[key] = (reference, weight._version, dtype, packed)
-    return packed
+def packed_linear(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The cached packed form of a (out, in) weight for products in ``dtype``."""
+    return cached_pack("linear", weight, dtype, kernels.linear_pack)
 
 
 def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -9,7 +9,8 @@ import torch
 from foldscan.ops import _checks
 from foldscan.ops._backend import current_backend, use_native
 from foldscan.ops._library import compute_dtype, is_recording, kernels, register
-from foldscan.ops.linear import _may_cache, _packed
+from foldscan.ops._packed import may_cache
+from foldscan.ops.linear import packed_linear
 from foldscan.reference import eager_losses
 from foldscan.reference import losses as reference
 
@@ -319,8 +320,8 @@ def _stats(
     bias = None if bias is None else bias.float().contiguous()
     labels = targets.long().contiguous()
     tail = (labels, bias, float(temperature), float(softcap), ignore_index, moments)
-    if _may_cache(hidden, weight, bias):
-        return kernels.linear_stats_packed(hidden, _packed(weight, hidden.dtype), weight.shape[0], *tail)
+    if may_cache((weight,), (hidden, bias)):
+        return kernels.linear_stats_packed(hidden, packed_linear(weight, hidden.dtype), weight.shape[0], *tail)
     return kernels.linear_stats(hidden, weight, *tail)
 
 

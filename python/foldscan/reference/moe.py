@@ -5,13 +5,28 @@ Any float dtype, any device, differentiable by autograd. Arguments are checked b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-if TYPE_CHECKING:
-    from foldscan.ops.moe import Permutation
+
+class Permutation(NamedTuple):
+    """How `foldscan.ops.permute` sorted the assignments of tokens to experts; an assignment is ``token * k + slot``.
+
+    Attributes:
+        rows: (R,) int64, the assignment of every permuted row, -1 for padding.
+        inverse: (T, k) int64, the permuted row of every assignment, -1 if it was dropped or its expert is -1.
+        counts: (E,) int64, assignments that every expert got.
+        offs: (E,) int32, end of every expert's rows, as `grouped_mm` wants them.
+        probs: (R,) fp32, the probability of every permuted row (0 for padding, with gradient), or None.
+    """
+
+    rows: torch.Tensor
+    inverse: torch.Tensor
+    counts: torch.Tensor
+    offs: torch.Tensor
+    probs: torch.Tensor | None
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -69,8 +84,6 @@ def permute(
     pad_to_capacity: bool,
 ) -> tuple[torch.Tensor, Permutation]:
     """See `foldscan.ops.permute`."""
-    from foldscan.ops.moe import Permutation
-
     T, k = experts.shape
     flat = experts.reshape(-1).tolist()
     kept: list[list[int]] = [[] for _ in range(num_experts)]

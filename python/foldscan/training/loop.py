@@ -146,8 +146,6 @@ def _train_step(
         raise FloatingPointError(f"step {progress.step}: the gradient norm is {norm}; nothing was updated")
     interval.add("grad_norm", norm)
     optimizer.step()
-    # The fused optimizer writes without counting a version, by which the ops tell that packed weights are stale.
-    torch.autograd.graph.increment_version(list(model.parameters()))
     if counts is not None:
         interval.counts = counts if interval.counts is None else interval.counts + counts
         if config.model.router_bias_rate:

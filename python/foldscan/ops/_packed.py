@@ -1,0 +1,60 @@
+"""Packed weights that inference keeps: one cache for all ops that multiply by weights.
+
+An entry is good while its weight is alive, unchanged (version counter, storage) and no optimizer has stepped: PyTorch's
+fused optimizers change parameters without raising the version counter. What bypasses both (``weight.data`` edited in
+place, NumPy views) needs `clear_packed_weights`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from foldscan.ops._library import is_recording
+
+_cache: dict[tuple[Any, ...], tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
+
+
+def clear_packed_weights(*_: object) -> None:
+    """Forget all packed weights; the next call without gradients packs anew."""
+    _cache.clear()
+
+
+register_optimizer_step_post_hook(clear_packed_weights)
+
+
+def cached_pack(
+    kind: str, weight: torch.Tensor, dtype: torch.dtype, pack: Callable[[torch.Tensor, bool], torch.Tensor]
+) -> torch.Tensor:
+    """``pack(weight, dtype is bf16)``, kept until the weight changes.
+
+    Args:
+        kind: which layout ``pack`` writes. weight: a plain tensor or a view; see `may_cache`.
+    """
+    owner = weight if weight._base is None else weight._base
+    # A view is a new object every time; the tensor that it looks at, with the window, is not.
+    key = (kind, id(owner), weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, dtype)
+    hit = _cache.get(key)
+    if hit is not None and hit[0]() is owner and hit[1] == weight._version:
+        return hit[2]
+    packed = pack(weight, dtype == torch.bfloat16)
+    _cache[key] = (weakref.ref(owner, lambda _: _cache.pop(key, None)), weight._version, packed)
+    return packed
+
+
+def may_cache(weights: tuple[torch.Tensor, ...], others: tuple[torch.Tensor | None, ...]) -> bool:
+    """True where packed weights may be used: no gradient is wanted, nothing is traced, every change can be noticed."""
+    if is_recording():
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *others)):
+        return False
+    for weight in weights:
+        for t in (weight, weight._base):
+            # An inference tensor has no version counter, a subclass may not be what it seems: do not guess.
+            if t is not None and (type(t) not in (torch.Tensor, torch.nn.Parameter) or t.is_inference()):
+                return False
+    return weights[0].device.type == "cpu"
