@@ -101,9 +101,7 @@ def line_chart(
     for level, y in zip(levels, _spread([py(v.value) for v in levels], 15)):
         at = py(level.value)
         out.append(f'<line class="level" x1="{left}" x2="{edge}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        out.append(
-            f'<text class="level-label" x="{edge}" y="{y - 5:.1f}" text-anchor="end">{html.escape(level.label)}</text>'
-        )
+        out.append(f'<text class="level-label" x="{left + 4}" y="{y - 5:.1f}">{html.escape(level.label)}</text>')
     for item in series:
         points = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in item.points)
         if item.style.startswith("dots"):
