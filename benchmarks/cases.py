@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from foldscan import ops
-from foldscan.reference import eager_ssm
+from foldscan.reference import eager_moe, eager_ssm
 
 Implementation = Callable[..., torch.Tensor]
 
@@ -125,13 +125,7 @@ def _moe(*_: int) -> dict[str, Implementation]:
         return ops.moe_mlp(tokens, probs, experts, w_up, w_down, w_gate=w_gate, activation="silu")
 
     def loop(tokens: Any, probs: Any, experts: Any, w_up: Any, w_gate: Any, w_down: Any) -> torch.Tensor:
-        out = torch.zeros_like(tokens)
-        for e in experts.unique().tolist():
-            row, slot = (experts == e).nonzero(as_tuple=True)
-            x = tokens[row]
-            y = F.linear(F.silu(F.linear(x, w_gate[e])) * F.linear(x, w_up[e]), w_down[e])
-            out = out.index_add(0, row, y * probs[row, slot, None].to(y.dtype))
-        return out
+        return eager_moe.moe_mlp(tokens, probs, experts, w_up, w_down, w_gate=w_gate, activation="silu")
 
     return {"foldscan": ours, "torch expert loop": loop}
 
