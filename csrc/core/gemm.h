@@ -24,6 +24,10 @@ namespace foldscan::FOLDSCAN_ISA {
 template <class T>
 struct Tile;
 
+// Rows of the register tile.
+template <class T>
+constexpr int kTileMR = sizeof(T) == 2 ? kMRPairs : kMR;
+
 template <>
 struct Tile<float> {
   using B = VF;
@@ -91,12 +95,15 @@ using MicroKernel = void (*)(int64_t, const T*, int64_t, int64_t, const T*, int6
 
 template <class T, int NV>
 FOLDSCAN_INLINE MicroKernel<T> micro_for_rows(int mr) {
-  if constexpr (kMR >= 6) {
+  constexpr int MR = kTileMR<T>;
+  if constexpr (MR >= 6) {
     if (mr == 6) return micro_kernel<T, 6, NV>;
     if (mr == 5) return micro_kernel<T, 5, NV>;
   }
-  if (mr == 4) return micro_kernel<T, 4, NV>;
-  if (mr == 3) return micro_kernel<T, 3, NV>;
+  if constexpr (MR >= 4) {
+    if (mr == 4) return micro_kernel<T, 4, NV>;
+    if (mr == 3) return micro_kernel<T, 3, NV>;
+  }
   if (mr == 2) return micro_kernel<T, 2, NV>;
   return micro_kernel<T, 1, NV>;
 }
@@ -115,14 +122,15 @@ inline MicroKernel<T> micro_for(int mr, int nv) {
 template <class T>
 void gemm_block(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, int64_t ak, const T* b, int64_t ldb,
                 int64_t panel, float* c, int64_t ldc, bool accumulate) {
+  constexpr int MR = kTileMR<T>;
   const int64_t steps = ceil_div(K, kK<T>);
   for (int64_t n = 0; n < N; n += kNR, b += panel) {
     const int64_t width = imin(kNR, N - n);
     const int nv = static_cast<int>(ceil_div(width, kLanes));
     const int tail = static_cast<int>(width - (nv - 1) * kLanes);
-    const MicroKernel<T> full = micro_for<T>(kMR, nv);
+    const MicroKernel<T> full = micro_for<T>(MR, nv);
     int64_t m = 0;
-    for (; m + kMR <= M; m += kMR) full(steps, a + m * lda, lda, ak, b, ldb, c + m * ldc + n, ldc, tail, accumulate);
+    for (; m + MR <= M; m += MR) full(steps, a + m * lda, lda, ak, b, ldb, c + m * ldc + n, ldc, tail, accumulate);
     if (m < M)
       micro_for<T>(static_cast<int>(M - m), nv)(steps, a + m * lda, lda, ak, b, ldb, c + m * ldc + n, ldc, tail,
                                                 accumulate);

@@ -10,6 +10,7 @@ namespace foldscan::FOLDSCAN_ISA {
 constexpr int kLanes = 16;
 // Register tile of the GEMM micro-kernels: kMR rows by kNV vectors (24 accumulators of 32 registers).
 constexpr int kMR = 6;
+constexpr int kMRPairs = 6;  // rows of the bf16 tile
 constexpr int kNV = 4;
 
 struct VM {

@@ -13,6 +13,7 @@ namespace foldscan::FOLDSCAN_ISA {
 
 constexpr int kLanes = 4;
 constexpr int kMR = 4;
+constexpr int kMRPairs = 4;
 constexpr int kNV = 2;
 
 typedef float float4 __attribute__((vector_size(16)));

@@ -61,6 +61,26 @@ void check_shapes() {
     for (int layout = 0; layout < 4; ++layout) check_matmul<T>(s[0], s[1], s[2], layout & 1, layout & 2);
 }
 
+// A block writes its own M x N values and nothing beside them, adds where it is told to.
+template <class T>
+void check_block_edges(int64_t M, int64_t N) {
+  constexpr int64_t K = 4;
+  const int64_t ldc = N + 3;
+  const std::vector<T> a(static_cast<size_t>(M * K), from_float<T>(1.0f)),
+      b(static_cast<size_t>(K * N), from_float<T>(2.0f));
+  std::vector<T> packed(static_cast<size_t>(b_packed_size<T>(K, N)));
+  pack_b(b.data(), N, 1, K, N, packed.data());
+  std::vector<float> c(static_cast<size_t>((M + 1) * ldc), -1.0f);
+  int wrong = 0;
+  for (int pass = 1; pass <= 2; ++pass) {
+    gemm_packed<T>(M, N, K, a.data(), K, packed.data(), c.data(), ldc, pass == 2);
+    for (int64_t m = 0; m <= M; ++m)
+      for (int64_t n = 0; n < ldc; ++n)
+        wrong += c[static_cast<size_t>(m * ldc + n)] != (m < M && n < N ? 8.0f * static_cast<float>(pass) : -1.0f);
+  }
+  CHECK(wrong == 0, "M %ld N %ld: %d wrong values", long(M), long(N), wrong);
+}
+
 void check_transpose() {
   VF r[kLanes];
   for (int i = 0; i < kLanes; ++i) r[i] = VF::iota() + VF::set(static_cast<float>(100 * i));
@@ -93,6 +113,11 @@ void run_gemm_tests() {
   using namespace foldscan::FOLDSCAN_ISA;
   check_transpose();
   check_bf16_rounding();
+  for (int64_t M : {1, 2, 3, 5, 6, 7, 13})
+    for (int64_t N : {1, 15, 16, 17, 63, 64, 65, 130}) {
+      check_block_edges<float>(M, N);
+      check_block_edges<foldscan::bf16>(M, N);
+    }
   check_shapes<float>();
   check_shapes<foldscan::bf16>();
 }

@@ -30,7 +30,10 @@ void run_peak(const Peak& p) {
   for (int j = 0; j < kAcc; ++j) acc[j] = VF::set(static_cast<float>(j));
   for (int64_t i = 0; i < p.iterations; ++i) {
 #pragma GCC unroll 24
-    for (int j = 0; j < kAcc; ++j) acc[j] = Tile<T>::mul_add(x, y, acc[j]);
+    for (int j = 0; j < kAcc; ++j) {
+      FOLDSCAN_OPAQUE(x.v);  // where multiply and add are two instructions, both must be done
+      acc[j] = Tile<T>::mul_add(x, y, acc[j]);
+    }
   }
   for (auto& a : acc) FOLDSCAN_OPAQUE(a.v);
   *p.flops = 2.0 * static_cast<double>(p.iterations) * kAcc * kLanes * kK<T>;
