@@ -189,7 +189,7 @@ def test_cached_extension_has_the_bits_of_the_whole(dtype: torch.dtype) -> None:
     for t in (cache.state, cache.x, cache.B, cache.dt):
         t.fill_(float("nan"))  # a fresh sequence must not read what the slot held
     slots = torch.tensor([2, 0], dtype=torch.int32)
-    pieces = [(7, 64), (57, 1), (1, 65), (0, 1), (64, 0), (1, 0), (1, 0), (69, 0)]
+    pieces = [(7, 64), (56, 1), (1, 65), (1, 0), (0, 1), (64, 0), (1, 0), (1, 0), (69, 0)]
     assert [sum(p[k] for p in pieces) for k in (0, 1)] == lengths
     position, starts = [0, 0], [0, 200]
     for counts in pieces:
