@@ -34,7 +34,8 @@ def make_inputs(
     return {
         "x": torch.randn(batch, length, heads, channels).to(dtype),
         "dt": torch.randn(batch, length, heads),
-        "A": -torch.rand(heads) * 4 - 0.05,
+        # Some heads forget within a few tokens, others carry their state through several chunks.
+        "A": -torch.exp(torch.linspace(-7, 1, heads)[torch.randperm(heads)]),
         "B": torch.randn(batch, length, groups, state).to(dtype),
         "C": torch.randn(batch, length, groups, state).to(dtype),
         "D": {"none": None, "head": torch.randn(heads), "channel": torch.randn(heads, channels)}[D],
@@ -73,7 +74,8 @@ def check(inputs: dict[str, Any], **kwargs: Any) -> None:
     eager = with_gradients(oracle, inputs, **kwargs)
     got = with_gradients(ours, inputs, **kwargs)
     for name, value in truth.items():
-        assert_budget(name, got[name], eager[name], value, products=inputs["x"].dtype)
+        floors = 4.0 if name in ("dA", "dD", "ddt_bias") else 1.0  # one number a head, summed over all tokens
+        assert_budget(name, got[name], eager[name], value, products=inputs["x"].dtype, floors=floors)
         if got[name].dtype == torch.float32 and inputs["x"].dtype == torch.float32:
             assert relative_rmse(got[name], value) < 1e-5, name
 
