@@ -71,6 +71,17 @@ void pack_b_parallel(const S* src, int64_t k_stride, int64_t n_stride, int64_t K
   });
 }
 
+// out[n] = sum over m of rows[m * N + n], in the order of m: the gradient of a bias.
+template <class T>
+void column_sums(const T* rows, int64_t M, int64_t N, float* out) {
+  parallel_for(ceil_div(N, kLanes), grain_for(M), [&](int64_t i) {
+    const int64_t n = i * kLanes;
+    VF sum = VF::zero();
+    for (int64_t m = 0; m < M; ++m) sum = sum + load_upto(rows + m * N + n, N - n);
+    store_upto(sum, out + n, N - n);
+  });
+}
+
 // load_a for a row-major matrix (k_stride 1) or a transposed one (m_stride 1).
 template <class S, class T>
 struct StridedRows {

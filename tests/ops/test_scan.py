@@ -123,6 +123,15 @@ def test_time_step_limits_and_extremes() -> None:
     check(inputs)
 
 
+def test_tiny_time_steps_keep_their_digits() -> None:
+    """One token a row, everything 1: the output is softplus(dt), which log(1 + exp(dt)) loses below -16."""
+    dt = torch.tensor([-20.0, -16.0, -12.0, -3.0, 0.0, 30.0])
+    one = torch.ones(len(dt), 1, 1, 1)
+    got = ops.mamba_chunk_scan_combined(one, dt[:, None, None], -torch.ones(1), one, one, dt_softplus=True)
+    want = torch.log1p(torch.exp(dt.double()))
+    torch.testing.assert_close(got.flatten().double(), want, rtol=1e-6, atol=0)
+
+
 def test_views_of_one_projection() -> None:
     """x, B, C as slices of one tensor, as a model makes them, and a transposed batch."""
     torch.manual_seed(0)

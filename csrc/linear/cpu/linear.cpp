@@ -61,14 +61,7 @@ void run_backward(const Backward& p) {
                 copy_row(row, count, dweight + n * p.K + k, count);
               });
   }
-  if (p.dbias) {
-    parallel_for(ceil_div(p.N, kLanes), grain_for(p.M), [&](int64_t i) {
-      const int64_t n = i * kLanes;
-      VF sum = VF::zero();
-      for (int64_t m = 0; m < p.M; ++m) sum = sum + load_upto(dout + m * p.N + n, p.N - n);
-      store_upto(sum, p.dbias + n, p.N - n);
-    });
-  }
+  if (p.dbias) column_sums(dout, p.M, p.N, p.dbias);
 }
 
 template <class T>

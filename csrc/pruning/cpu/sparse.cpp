@@ -148,14 +148,7 @@ void run_backward(const Linear24Backward& p) {
         p.M, p.K, p.N, StridedRows<X, X>{dout, p.N, 1}, packed,
         [&](int64_t m, int64_t k, const float* row, int64_t count) { copy_row(row, count, dx + m * p.K + k, count); });
   }
-  if (p.dbias) {
-    parallel_for(ceil_div(p.N, kLanes), grain_for(p.M), [&](int64_t i) {
-      const int64_t n = i * kLanes;
-      VF sum = VF::zero();
-      for (int64_t m = 0; m < p.M; ++m) sum = sum + load_upto(dout + m * p.N + n, p.N - n);
-      store_upto(sum, p.dbias + n, p.N - n);
-    });
-  }
+  if (p.dbias) column_sums(dout, p.M, p.N, p.dbias);
 }
 
 template <class T>
