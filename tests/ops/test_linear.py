@@ -8,7 +8,17 @@ import torch.nn.functional as F
 from foldscan import ops
 from helpers import assert_close_to_truth, check_op, relative_rmse
 
-SHAPES = [(1, 1, 1), (1, 64, 64), (7, 13, 5), (0, 8, 8), (97, 130, 33), (200, 65, 515), (3, 7, 0), (5, 150, 20), (97, 300, 9)]
+SHAPES = [
+    (1, 1, 1),
+    (1, 64, 64),
+    (7, 13, 5),
+    (0, 8, 8),
+    (97, 130, 33),
+    (200, 65, 515),
+    (3, 7, 0),
+    (5, 150, 20),
+    (97, 300, 9),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -31,7 +31,9 @@ void run_peak(const Peak& p) {
   for (int64_t i = 0; i < p.iterations; ++i) {
 #pragma GCC unroll 24
     for (int j = 0; j < kAcc; ++j) {
-      FOLDSCAN_OPAQUE(x.v);  // where multiply and add are two instructions, both must be done
+#if defined(__x86_64__) && !defined(__FMA__)
+      FOLDSCAN_OPAQUE(x.v);  // multiply and add are two instructions here: keep the compiler from multiplying once
+#endif
       acc[j] = Tile<T>::mul_add(x, y, acc[j]);
     }
   }
