@@ -32,7 +32,7 @@ def test_forced_instruction_set(isa: str) -> None:
         return
     tests = [str(HERE / name) for name in SELECTION]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests],
         env=os.environ | {"FOLDSCAN_ISA": isa},
         capture_output=True,
         text=True,

@@ -196,13 +196,10 @@ FOLDSCAN_INLINE void finish_row(const ScanInputs& in, int64_t h, const float* y,
   }
 }
 
-// (P, N) <-> padded (N, ld).
+// (P, N) <-> padded (N, ld). The padding is zero: whole states are multiplied with each other in the backward pass.
 FOLDSCAN_INLINE void load_state(const float* src, int64_t P, int64_t N, float* state, int64_t ld) {
-  if (!src) {
-    for (int64_t i = 0; i < N * ld; i += kLanes) VF::zero().store(state + i);
-    return;
-  }
-  transpose_copy(src, N, P, N, state, ld, true);
+  for (int64_t i = 0; (!src || ld != P) && i < N * ld; i += kLanes) VF::zero().store(state + i);
+  if (src) transpose_copy(src, N, P, N, state, ld);
 }
 FOLDSCAN_INLINE void store_state(const float* state, int64_t ld, int64_t P, int64_t N, float* dst) {
   transpose_copy(state, ld, N, P, dst, N);
