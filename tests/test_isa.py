@@ -14,11 +14,16 @@ HERE = Path(__file__).resolve().parent
 # Fast, wide tests of each family; the one in use is covered by the whole suite.
 SELECTION = [
     "ops/test_linear.py::test_forward_and_gradients",
+    "ops/test_scan.py::test_against_the_recurrence",
     "ops/test_scan.py::test_packed_sequences",
     "ops/test_scan.py::test_cached_extension_has_the_bits_of_the_whole",
     "ops/test_ssm_conv.py::test_packed_with_states",
     "ops/test_ssm_steps.py::test_state_update",
     "ops/test_ssm_steps.py::test_rmsnorm",
+    "ops/test_attention.py::test_lengths",
+    "ops/test_moe.py::test_mlp_forward_and_gradients",
+    "ops/test_losses.py::test_cross_entropy_and_gradients",
+    "ops/test_pruning.py::test_linear_has_the_bits_of_the_dense_layer_for_any_rows_and_threads",
 ]
 
 
