@@ -27,6 +27,7 @@ test-slow: setup
 
 # The framework-free core alone: no PyTorch, no Python in this build.
 test-cpp: setup
+	mkdir -p build
 	$(PY) -m cmake -S . -B build/cpp -G Ninja > build/cpp-configure.log || { cat build/cpp-configure.log; exit 1; }
 	$(PY) -m cmake --build build/cpp > build/cpp-build.log || { cat build/cpp-build.log; exit 1; }
 	$(VENV)/bin/ctest --test-dir build/cpp --output-on-failure --no-tests=error
@@ -48,6 +49,7 @@ lint: setup
 	git ls-files '*.cpp' '*.h' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(VENV)/bin/mypy
 	$(PY) scripts/check_floors.py
+	$(PY) benchmarks/table.py --check
 
 format: setup
 	$(VENV)/bin/ruff check --fix .
