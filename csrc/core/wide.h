@@ -65,6 +65,36 @@ FOLDSCAN_INLINE MW operator<(const VW& a, const VW& b) {
   for (int i = 0; i < kWide; ++i) r.m[i] = a.v[i] < b.v[i];
   return r;
 }
+// n elements at p as a V: all kWide * kLanes of a VW, up to kLanes of a VF with zeros beyond.
+template <class V, class T>
+FOLDSCAN_INLINE V load_as(const T* p, int64_t n) {
+  if constexpr (sizeof(V) == sizeof(VW)) {
+    return VW::load(p);
+  } else {
+    return load_upto(p, n);
+  }
+}
+template <class T>
+FOLDSCAN_INLINE void store_upto(const VW& v, T* p, int64_t) {
+  v.store(p);
+}
+
+// fn(V{}, i, n) over `size` elements: VWs as long as they are full, then VFs of n elements.
+template <class Fn>
+FOLDSCAN_INLINE void each_vector(int64_t size, const Fn& fn) {
+  int64_t i = 0;
+  for (; i + kWide * kLanes <= size; i += kWide * kLanes) fn(VW{}, i, int64_t{kWide * kLanes});
+  for (; i < size; i += kLanes) fn(VF{}, i, size - i);
+}
+
+// sum + a b, vector after vector.
+FOLDSCAN_INLINE VF dot_in_order(VF a, VF b, VF sum) { return fma(a, b, sum); }
+FOLDSCAN_INLINE VF dot_in_order(const VW& a, const VW& b, VF sum) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kWide; ++i) sum = fma(a.v[i], b.v[i], sum);
+  return sum;
+}
+
 FOLDSCAN_INLINE VW fma(const VW& a, const VW& b, const VW& c) {
   return VW::each([&](int i) FOLDSCAN_LAMBDA { return fma(a.v[i], b.v[i], c.v[i]); });
 }
