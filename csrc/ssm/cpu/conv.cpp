@@ -134,7 +134,7 @@ FOLDSCAN_INLINE void each_column(int64_t channels, const Fn& fn) {
 
 // Channel d0 of the taps is column 0 of the tile.
 template <int W, class T>
-void forward_tile(const Taps& taps, int64_t d0, const Tile<T>& tile, bool silu, Rows<T> y) {
+void forward_tile(Taps taps, int64_t d0, Tile<T> tile, bool silu, Rows<T> y) {
   for (int64_t from = 0; from < tile.tokens; from += kStep) {
     const int64_t to = imin(from + kStep, tile.tokens);
     each_column(tile.channels, [&](int64_t c, int64_t n) FOLDSCAN_LAMBDA {
@@ -142,6 +142,7 @@ void forward_tile(const Taps& taps, int64_t d0, const Tile<T>& tile, bool silu, 
       int64_t t = from;
       for (; t + kWide <= to && n == kLanes; t += kWide) {
         const VW sum = VW::each([&](int i) FOLDSCAN_LAMBDA {
+          __builtin_prefetch(tile.x.at(t + kStep + i, c));
           push(v.window, VF::load(tile.x.at(t + i, c)));
           return convolve(v.tap, v.bias, v.window);
         });
@@ -159,8 +160,8 @@ void forward_tile(const Taps& taps, int64_t d0, const Tile<T>& tile, bool silu, 
 // dpre[t] = dout[t] act'(pre[t]); dx[t] = sum_w weight[w] dpre[t + W - 1 - w]; dweight[w] += dpre[t] x[t - W + 1 + w].
 // The tile has readable tokens behind its own, whose dpre reaches back. dpast, where wanted: the gradient of `past`.
 template <int W, class T>
-void backward_tile(const Taps& taps, int64_t d0, const Tile<T>& tile, Rows<const T> dout, bool silu, Rows<T> dx,
-                   Rows<float> dpast, Rows<float> grads) {
+void backward_tile(Taps taps, int64_t d0, Tile<T> tile, Rows<const T> dout, bool silu, Rows<T> dx, Rows<float> dpast,
+                   Rows<float> grads) {
   alignas(64) float last[kMaxWidth * kChannels];  // dpre of the W - 1 tokens before the step
   const Rows<float> carry{last, kChannels};
   const int64_t end = tile.tokens + W - 1;
@@ -192,6 +193,8 @@ void backward_tile(const Taps& taps, int64_t d0, const Tile<T>& tile, Rows<const
 #pragma GCC unroll 8
         for (int w = 1; w < W; ++w) x[w - 1] = v.window[w];
         const VW pre = VW::each([&](int i) FOLDSCAN_LAMBDA {
+          __builtin_prefetch(tile.x.at(t + kStep + i, c));
+          __builtin_prefetch(dout.at(t + kStep + i, c));
           x[W - 1 + i] = VF::load(tile.x.at(t + i, c));
           push(v.window, x[W - 1 + i]);
           return convolve(v.tap, v.bias, v.window);
