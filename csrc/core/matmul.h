@@ -16,50 +16,66 @@
 namespace foldscan::FOLDSCAN_ISA {
 
 constexpr int64_t kMC = 96;                  // rows of a task: A block 96 x 512 fp32 = 192 KB of L2
-constexpr int64_t kNC = 4 * kNR;             // columns of a task
 constexpr int64_t kKC = 512;                 // K of a block of A, and length of a run
 constexpr int64_t kKL1 = 32768 / (kNR * 4);  // K steps of a panel of B that fits L1
 
-// sum += run, on a tile with rows of kNC.
-FOLDSCAN_INLINE void add_run(const float* run, int64_t rows, int64_t cols, float* sum) {
-  for (int64_t m = 0; m < rows; ++m)
-    for (int64_t n = m * kNC; n < m * kNC + cols; n += kLanes) (VF::load(sum + n) + VF::load(run + n)).store(sum + n);
-}
+// Rows and columns of a task of matmul: its C (fp32) and a run of its A stay in L2, so that a panel of B, which may come
+// from memory, is used for many rows; the panels after it are fetched ahead meanwhile.
+constexpr int64_t kTileRows = 192;
+constexpr int64_t kTileCols = 4 * kNR;
+constexpr int64_t kLoadRows = 48;  // rows of A that are copied at a time: a multiple of the register tiles' rows
+static_assert(kLoadRows % kTileMR<float> == 0 && kLoadRows % kTileMR<bf16> == 0);
 
-// One task: C[m0.. m0+rows, n0.. n0+cols). Scratch: c and run kMC * kNC each, a kMC * (kKC + 2).
-template <class T, class LoadA>
+// One task: C[m0.. m0+rows, n0.. n0+cols). a: kTileRows * (kKC + 2), c: kTileRows * kTileCols; next: the panels that
+// this thread will probably read after this task.
+template <class T, class LoadA, class Store>
 FOLDSCAN_INLINE void matmul_tile(int64_t m0, int64_t rows, int64_t n0, int64_t cols, int64_t K, const LoadA& load_a,
-                                 const T* b, T* a, float* run, float* c) {
+                                 const T* b, T* a, float* c, const T* next, const Store& store) {
+  constexpr int MR = kTileMR<T>;
+  constexpr int64_t lda = kKC + 2, line = 64 / sizeof(T);
   const int64_t panel = b_panel_size<T>(K);
-  const T* b0 = b + (n0 / kNR) * panel;
-  constexpr int64_t lda = kKC + 2;
-  if (K == 0) gemm_block<T>(rows, cols, 0, a, lda, kK<T>, b0, kNR * kK<T>, panel, c, kNC, false);
-  for (int64_t k = 0; k < K; k += kKC) {
-    const int64_t kc = imin(kKC, K - k);
-    float* to = k == 0 ? c : run;
-    load_a(m0, rows, k, kc, a, lda);
-    for (int64_t s = 0; s < kc; s += kKL1 * kK<T>)
-      gemm_block<T>(rows, cols, imin(kKL1 * kK<T>, kc - s), a + s, lda, kK<T>, b0 + (k + s) * kNR, kNR * kK<T>, panel,
-                    to, kNC, s > 0);
-    if (k > 0) add_run(run, rows, cols, c);
-  }
+  const T* b0 = b + n0 / kNR * panel;
+  int64_t k = 0;
+  do {
+    const int64_t kc = imin(kKC, K - k), steps = ceil_div(kc, kK<T>);
+    const bool last = k + kc == K;
+    for (int64_t n = 0; n < cols; n += kNR) {
+      const T* here = b0 + n / kNR * panel + k * kNR;
+      const T* then = n + kNR < cols ? here + panel : last ? next : b0 + (k + kKC) * kNR;
+      const int64_t width = imin(kNR, cols - n);
+      const int nv = static_cast<int>(ceil_div(width, kLanes)), tail = static_cast<int>(width - (nv - 1) * kLanes);
+      // The run that follows is fetched in equal parts by all row tiles.
+      const int64_t groups = ceil_div(rows, MR) * imax(1, steps / kAheadSteps);
+      const int64_t lines = then ? ceil_div(steps * kK<T> * kNR / line, groups) : 0;
+      Ahead ahead{reinterpret_cast<const char*>(then), lines};
+      for (int64_t m = 0; m < rows; m += MR) {
+        if (n == 0 && m % kLoadRows == 0) load_a(m0 + m, imin(kLoadRows, rows - m), k, kc, a + m * lda, lda);
+        const int count = static_cast<int>(imin(MR, rows - m));
+        float* to = c + m * kTileCols + n;
+        micro_for<T>(count, nv)(steps, a + m * lda, lda, kK<T>, here, kNR * kK<T>, to, kTileCols, tail,
+                                k > 0 ? Into::kAdd : Into::kSet, ahead);
+        ahead.p += steps / kAheadSteps * lines * 64;
+        if (!last) continue;
+        for (int64_t i = 0; i < count; ++i) store(m0 + m + i, n0 + n, to + i * kTileCols, width);
+      }
+    }
+    k += kc;
+  } while (k < K);
 }
 
 template <class T, class LoadA, class Store>
 void matmul(int64_t M, int64_t N, int64_t K, const LoadA& load_a, const T* packed_b, const Store& store) {
-  const int64_t mb = ceil_div(M, kMC);
-  // Few rows: narrower tasks, so that one row still occupies every thread.
-  const int64_t nc = mb == 1 ? kNR : kNC;
-  const int64_t nb = ceil_div(N, nc);
-  parallel_for(mb * nb, grain_for(imin(M, kMC) * nc * K / 16), [&](int64_t task) {
-    const int64_t m0 = task % mb * kMC, n0 = task / mb * nc;
-    const int64_t rows = imin(kMC, M - m0), cols = imin(nc, N - n0);
+  // Equal tiles, of few columns where there are few tiles.
+  const int64_t mb = ceil_div(M, kTileRows), mc = round_up(ceil_div(M, imax(mb, 1)), kTileMR<T>);
+  const int64_t nc = mb * N >= 16 * kTileCols ? kTileCols : kNR, nb = ceil_div(N, nc);
+  parallel_for(mb * nb, grain_for(imin(M, mc) * nc * K / 16), [&](int64_t task) {
+    const int64_t m0 = task % mb * mc, n0 = task / mb * nc;
     Scratch scratch;
-    T* a = scratch.get<T>(kMC * (kKC + 2));
-    float* run = scratch.get<float>(kMC * kNC);
-    float* c = scratch.get<float>(kMC * kNC);
-    matmul_tile<T>(m0, rows, n0, cols, K, load_a, packed_b, a, run, c);
-    for (int64_t m = 0; m < rows; ++m) store(m0 + m, n0, c + m * kNC, cols);
+    T* a = scratch.get<T>(kTileRows * (kKC + 2));
+    float* c = scratch.get<float>(kTileRows * kTileCols);
+    const int64_t then = mb > 1 ? n0 : n0 + nc;
+    const T* next = then < N ? packed_b + then / kNR * b_panel_size<T>(K) : nullptr;
+    matmul_tile<T>(m0, imin(mc, M - m0), n0, imin(nc, N - n0), K, load_a, packed_b, a, c, next, store);
   });
 }
 
