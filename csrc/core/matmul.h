@@ -21,8 +21,8 @@ constexpr int64_t kKL1 = 32768 / (kNR * 4);  // K steps of a panel of B that fit
 
 // Rows and columns of a task of matmul: its C (fp32) and a run of its A stay in L2, so that a panel of B, which may come
 // from memory, is used for many rows; the panels after it are fetched ahead meanwhile.
-constexpr int64_t kTileRows = 192;
-constexpr int64_t kTileCols = 4 * kNR;
+constexpr int64_t kTileRows = 144;
+constexpr int64_t kTileCols = 8 * kNR;
 constexpr int64_t kLoadRows = 48;  // rows of A that are copied at a time: a multiple of the register tiles' rows
 static_assert(kLoadRows % kTileMR<float> == 0 && kLoadRows % kTileMR<bf16> == 0);
 
@@ -41,7 +41,7 @@ FOLDSCAN_INLINE void matmul_tile(int64_t m0, int64_t rows, int64_t n0, int64_t c
     const bool last = k + kc == K;
     for (int64_t n = 0; n < cols; n += kNR) {
       const T* here = b0 + n / kNR * panel + k * kNR;
-      const T* then = n + kNR < cols ? here + panel : last ? next : b0 + (k + kKC) * kNR;
+      const T* then = rows <= MR ? here + 4096 / sizeof(T) : n + kNR < cols ? here + panel : last ? next : b0 + (k + kKC) * kNR;
       const int64_t width = imin(kNR, cols - n);
       const int nv = static_cast<int>(ceil_div(width, kLanes)), tail = static_cast<int>(width - (nv - 1) * kLanes);
       // The run that follows is fetched in equal parts by all row tiles.
@@ -51,6 +51,10 @@ FOLDSCAN_INLINE void matmul_tile(int64_t m0, int64_t rows, int64_t n0, int64_t c
       for (int64_t m = 0; m < rows; m += MR) {
         if (n == 0 && m % kLoadRows == 0) load_a(m0 + m, imin(kLoadRows, rows - m), k, kc, a + m * lda, lda);
         const int count = static_cast<int>(imin(MR, rows - m));
+        if (!last) {
+          const int64_t part = round_up(ceil_div(kKC * kNR, round_up(cols, kNR)), line), at = k + kKC + n / kNR * part;
+          load_a.ahead(m0 + m, count, at, imin(part, K - at));
+        }
         float* to = c + m * kTileCols + n;
         micro_for<T>(count, nv)(steps, a + m * lda, lda, kK<T>, here, kNR * kK<T>, to, kTileCols, tail,
                                 k > 0 ? Into::kAdd : Into::kSet, ahead);
@@ -65,9 +69,9 @@ FOLDSCAN_INLINE void matmul_tile(int64_t m0, int64_t rows, int64_t n0, int64_t c
 
 template <class T, class LoadA, class Store>
 void matmul(int64_t M, int64_t N, int64_t K, const LoadA& load_a, const T* packed_b, const Store& store) {
-  // Equal tiles, of few columns where there are few tiles.
+  // Equal tiles, narrower where there would be few of them.
   const int64_t mb = ceil_div(M, kTileRows), mc = round_up(ceil_div(M, imax(mb, 1)), kTileMR<T>);
-  const int64_t nc = mb * N >= 16 * kTileCols ? kTileCols : kNR, nb = ceil_div(N, nc);
+  const int64_t nc = M <= kTileMR<T> ? kNR : imax(kNR, imin(kTileCols, mb * N / 32 / kNR * kNR)), nb = ceil_div(N, nc);
   parallel_for(mb * nb, grain_for(imin(M, mc) * nc * K / 16), [&](int64_t task) {
     const int64_t m0 = task % mb * mc, n0 = task / mb * nc;
     Scratch scratch;
@@ -98,6 +102,10 @@ void column_sums(const T* rows, int64_t M, int64_t N, float* out) {
   });
 }
 
+FOLDSCAN_INLINE void fetch_ahead(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+}
+
 // load_a for a row-major matrix (k_stride 1) or a transposed one (m_stride 1).
 template <class S, class T>
 struct StridedRows {
@@ -112,6 +120,11 @@ struct StridedRows {
       if (padded != kc)
         for (int64_t i = 0; i < rows; ++i) dst[i * ld + kc] = from_float<T>(0.0f);
     }
+  }
+  FOLDSCAN_INLINE void ahead(int64_t m, int64_t rows, int64_t k, int64_t count) const {
+    if (k_stride != 1) return;
+    for (int64_t i = 0; i < rows; ++i)
+      fetch_ahead(p + (m + i) * m_stride + k, count * static_cast<int64_t>(sizeof(S)));
   }
 };
 
