@@ -26,43 +26,66 @@ constexpr int64_t kTileCols = 8 * kNR;
 constexpr int64_t kLoadRows = 48;  // rows of A that are copied at a time: a multiple of the register tiles' rows
 static_assert(kLoadRows % kTileMR<float> == 0 && kLoadRows % kTileMR<bf16> == 0);
 
+// C (rows x cols) = or += A B over one run of K: all row tiles of a panel before the next panel, and meanwhile the panel
+// after it is fetched, `next` after the last. before(n, m) is called before a register tile at (m, n), after(n, m, rows,
+// cols) when its values are in C.
+template <class T, class Before, class After>
+FOLDSCAN_INLINE void gemm_run(int64_t rows, int64_t cols, int64_t kc, const T* a, int64_t lda, int64_t ak, const T* b,
+                              int64_t panel, float* c, int64_t ldc, Into into, const T* next, const Before& before,
+                              const After& after) {
+  constexpr int MR = kTileMR<T>;
+  constexpr int64_t line = 64 / sizeof(T), near = 4096 / sizeof(T);
+  const int64_t steps = ceil_div(kc, kK<T>), fetches = steps / kAheadSteps;
+  const int64_t lines = fetches ? ceil_div(steps * kK<T> * kNR / line, ceil_div(rows, MR) * fetches) : 0;
+  for (int64_t n = 0; n < cols; n += kNR, b += panel) {
+    const int64_t width = imin(kNR, cols - n);
+    const int nv = static_cast<int>(ceil_div(width, kLanes)), tail = static_cast<int>(width - (nv - 1) * kLanes);
+    // A single row tile reads B at the speed of memory: stay close. Otherwise every row tile fetches its part.
+    const T* then = rows <= MR ? b + near : n + kNR < cols ? b + panel : next;
+    Ahead ahead{reinterpret_cast<const char*>(then), then ? lines : 0};
+    for (int64_t m = 0; m < rows; m += MR) {
+      const int count = static_cast<int>(imin(MR, rows - m));
+      before(n, m);
+      micro_for<T>(count, nv)(steps, a + m * lda, lda, ak, b, kNR * kK<T>, c + m * ldc + n, ldc, tail, into, ahead);
+      ahead.p += fetches * lines * 64;
+      after(n, m, count, width);
+    }
+  }
+}
+
+template <class T>
+FOLDSCAN_INLINE void gemm_run(int64_t rows, int64_t cols, int64_t kc, const T* a, int64_t lda, int64_t ak, const T* b,
+                              int64_t panel, float* c, int64_t ldc, Into into, const T* next) {
+  gemm_run<T>(
+      rows, cols, kc, a, lda, ak, b, panel, c, ldc, into, next, [](int64_t, int64_t) {},
+      [](int64_t, int64_t, int64_t, int64_t) {});
+}
+
 // One task: C[m0.. m0+rows, n0.. n0+cols). a: kTileRows * (kKC + 2), c: kTileRows * kTileCols; next: the panels that
 // this thread will probably read after this task.
 template <class T, class LoadA, class Store>
 FOLDSCAN_INLINE void matmul_tile(int64_t m0, int64_t rows, int64_t n0, int64_t cols, int64_t K, const LoadA& load_a,
                                  const T* b, T* a, float* c, const T* next, const Store& store) {
-  constexpr int MR = kTileMR<T>;
-  constexpr int64_t lda = kKC + 2, line = 64 / sizeof(T);
-  const int64_t panel = b_panel_size<T>(K);
+  constexpr int64_t lda = kKC + 2;
+  const int64_t panel = b_panel_size<T>(K), panels = ceil_div(cols, kNR);
   const T* b0 = b + n0 / kNR * panel;
   int64_t k = 0;
   do {
-    const int64_t kc = imin(kKC, K - k), steps = ceil_div(kc, kK<T>);
+    const int64_t kc = imin(kKC, K - k), part = ceil_div(kKC, panels);
     const bool last = k + kc == K;
-    for (int64_t n = 0; n < cols; n += kNR) {
-      const T* here = b0 + n / kNR * panel + k * kNR;
-      const T* then = rows <= MR ? here + 4096 / sizeof(T) : n + kNR < cols ? here + panel : last ? next : b0 + (k + kKC) * kNR;
-      const int64_t width = imin(kNR, cols - n);
-      const int nv = static_cast<int>(ceil_div(width, kLanes)), tail = static_cast<int>(width - (nv - 1) * kLanes);
-      // The run that follows is fetched in equal parts by all row tiles.
-      const int64_t groups = ceil_div(rows, MR) * imax(1, steps / kAheadSteps);
-      const int64_t lines = then ? ceil_div(steps * kK<T> * kNR / line, groups) : 0;
-      Ahead ahead{reinterpret_cast<const char*>(then), lines};
-      for (int64_t m = 0; m < rows; m += MR) {
-        if (n == 0 && m % kLoadRows == 0) load_a(m0 + m, imin(kLoadRows, rows - m), k, kc, a + m * lda, lda);
-        const int count = static_cast<int>(imin(MR, rows - m));
-        if (!last) {
-          const int64_t part = round_up(ceil_div(kKC * kNR, round_up(cols, kNR)), line), at = k + kKC + n / kNR * part;
-          load_a.ahead(m0 + m, count, at, imin(part, K - at));
-        }
-        float* to = c + m * kTileCols + n;
-        micro_for<T>(count, nv)(steps, a + m * lda, lda, kK<T>, here, kNR * kK<T>, to, kTileCols, tail,
-                                k > 0 ? Into::kAdd : Into::kSet, ahead);
-        ahead.p += steps / kAheadSteps * lines * 64;
-        if (!last) continue;
-        for (int64_t i = 0; i < count; ++i) store(m0 + m + i, n0 + n, to + i * kTileCols, width);
-      }
-    }
+    gemm_run<T>(
+        rows, cols, kc, a, lda, kK<T>, b0 + k * kNR, panel, c, kTileCols, k > 0 ? Into::kAdd : Into::kSet,
+        last ? next : b0 + (k + kKC) * kNR,
+        [&](int64_t n, int64_t m) {
+          if (n == 0 && m % kLoadRows == 0) load_a(m0 + m, imin(kLoadRows, rows - m), k, kc, a + m * lda, lda);
+          // While a panel is multiplied, a part of the next run of A comes nearer.
+          const int64_t at = k + kKC + n / kNR * part;
+          if (at < K) load_a.ahead(m0 + m, imin(kTileMR<T>, rows - m), at, imin(part, K - at));
+        },
+        [&](int64_t n, int64_t m, int64_t count, int64_t width) {
+          if (!last) return;
+          for (int64_t i = m; i < m + count; ++i) store(m0 + i, n0 + n, c + i * kTileCols + n, width);
+        });
     k += kc;
   } while (k < K);
 }
