@@ -61,22 +61,45 @@ FOLDSCAN_INLINE void gemm_run(int64_t rows, int64_t cols, int64_t kc, const T* a
       [](int64_t, int64_t, int64_t, int64_t) {});
 }
 
+// B in panels, packed ahead of time.
+template <class T>
+struct PackedB {
+  const T* p;
+  int64_t panel;
+  FOLDSCAN_INLINE const T* run(int64_t n, int64_t k) const { return p + n / kNR * panel + k * kNR; }
+  FOLDSCAN_INLINE void prepare(int64_t, int64_t, int64_t, int64_t) const {}
+};
+
+// B[k][n] = p[k * k_stride + n * n_stride], a run of a panel packed when it is needed: for few rows, which would not pay
+// for writing the packed form to memory and reading it again. `own`: b_panel_size<T>(kKC).
+template <class S, class T>
+struct RawB {
+  const S* p;
+  int64_t k_stride, n_stride;
+  T* own = nullptr;
+  static constexpr int64_t panel = 0;
+  FOLDSCAN_INLINE const T* run(int64_t, int64_t) const { return own; }
+  FOLDSCAN_INLINE void prepare(int64_t n, int64_t width, int64_t k, int64_t kc) const {
+    pack_b(p + k * k_stride + n * n_stride, k_stride, n_stride, kc, width, own);
+  }
+};
+
 // One task: C[m0.. m0+rows, n0.. n0+cols). a: kTileRows * (kKC + 2), c: kTileRows * kTileCols; next: the panels that
 // this thread will probably read after this task.
-template <class T, class LoadA, class Store>
+template <class T, class LoadA, class B, class Store>
 FOLDSCAN_INLINE void matmul_tile(int64_t m0, int64_t rows, int64_t n0, int64_t cols, int64_t K, const LoadA& load_a,
-                                 const T* b, T* a, float* c, const T* next, const Store& store) {
+                                 const B& b, T* a, float* c, const T* next, const Store& store) {
   constexpr int64_t lda = kKC + 2;
-  const int64_t panel = b_panel_size<T>(K), panels = ceil_div(cols, kNR);
-  const T* b0 = b + n0 / kNR * panel;
+  const int64_t panels = ceil_div(cols, kNR);
   int64_t k = 0;
   do {
     const int64_t kc = imin(kKC, K - k), part = ceil_div(kKC, panels);
     const bool last = k + kc == K;
     gemm_run<T>(
-        rows, cols, kc, a, lda, kK<T>, b0 + k * kNR, panel, c, kTileCols, k > 0 ? Into::kAdd : Into::kSet,
-        last ? next : b0 + (k + kKC) * kNR,
+        rows, cols, kc, a, lda, kK<T>, b.run(n0, k), b.panel, c, kTileCols, k > 0 ? Into::kAdd : Into::kSet,
+        last ? next : b.run(n0, k + kKC),
         [&](int64_t n, int64_t m) {
+          if (m == 0) b.prepare(n0 + n, imin(kNR, cols - n), k, kc);
           if (n == 0 && m % kLoadRows == 0) load_a(m0 + m, imin(kLoadRows, rows - m), k, kc, a + m * lda, lda);
           // While a panel is multiplied, a part of the next run of A comes nearer.
           const int64_t at = k + kKC + n / kNR * part;
@@ -90,19 +113,25 @@ FOLDSCAN_INLINE void matmul_tile(int64_t m0, int64_t rows, int64_t n0, int64_t c
   } while (k < K);
 }
 
-template <class T, class LoadA, class Store>
-void matmul(int64_t M, int64_t N, int64_t K, const LoadA& load_a, const T* packed_b, const Store& store) {
-  // Equal tiles, narrower where there would be few of them.
+// Calls task(first row, rows, first column, columns) for equal tiles, narrower where there would be few of them.
+template <class T, class Task>
+void matmul_tasks(int64_t M, int64_t N, int64_t K, const Task& task) {
   const int64_t mb = ceil_div(M, kTileRows), mc = round_up(ceil_div(M, imax(mb, 1)), kTileMR<T>);
   const int64_t nc = M <= kTileMR<T> ? kNR : imax(kNR, imin(kTileCols, mb * N / 32 / kNR * kNR)), nb = ceil_div(N, nc);
-  parallel_for(mb * nb, grain_for(imin(M, mc) * nc * K / 16), [&](int64_t task) {
-    const int64_t m0 = task % mb * mc, n0 = task / mb * nc;
+  parallel_for(mb * nb, grain_for(imin(M, mc) * nc * K / 16), [&](int64_t i) {
+    const int64_t m0 = i % mb * mc, n0 = i / mb * nc;
     Scratch scratch;
-    T* a = scratch.get<T>(kTileRows * (kKC + 2));
-    float* c = scratch.get<float>(kTileRows * kTileCols);
-    const int64_t then = mb > 1 ? n0 : n0 + nc;
-    const T* next = then < N ? packed_b + then / kNR * b_panel_size<T>(K) : nullptr;
-    matmul_tile<T>(m0, imin(mc, M - m0), n0, imin(nc, N - n0), K, load_a, packed_b, a, c, next, store);
+    task(m0, imin(mc, M - m0), n0, imin(nc, N - n0), scratch.get<T>(kTileRows * (kKC + 2)),
+         scratch.get<float>(kTileRows * kTileCols));
+  });
+}
+
+template <class T, class LoadA, class Store>
+void matmul(int64_t M, int64_t N, int64_t K, const LoadA& load_a, const T* packed_b, const Store& store) {
+  const PackedB<T> b{packed_b, b_panel_size<T>(K)};
+  matmul_tasks<T>(M, N, K, [&](int64_t m0, int64_t rows, int64_t n0, int64_t cols, T* a, float* c) {
+    const int64_t then = rows < M ? n0 : n0 + round_up(cols, kNR);
+    matmul_tile<T>(m0, rows, n0, cols, K, load_a, b, a, c, then < N ? b.run(then, 0) : nullptr, store);
   });
 }
 
@@ -111,6 +140,21 @@ template <class S, class T>
 void pack_b_parallel(const S* src, int64_t k_stride, int64_t n_stride, int64_t K, int64_t N, T* dst) {
   parallel_for(ceil_div(N, kNR), grain_for(K * kNR / 4), [&](int64_t j) {
     pack_b(src + j * kNR * n_stride, k_stride, n_stride, K, imin(kNR, N - j * kNR), dst + j * b_panel_size<T>(K));
+  });
+}
+
+template <class T, class LoadA, class S, class Store>
+void matmul(int64_t M, int64_t N, int64_t K, const LoadA& load_a, const RawB<S, T>& b, const Store& store) {
+  Scratch scratch;
+  if (M > kTileRows) {
+    T* packed = scratch.get<T>(b_packed_size<T>(K, N));
+    pack_b_parallel(b.p, b.k_stride, b.n_stride, K, N, packed);
+    return matmul<T>(M, N, K, load_a, static_cast<const T*>(packed), store);
+  }
+  matmul_tasks<T>(M, N, K, [&](int64_t m0, int64_t rows, int64_t n0, int64_t cols, T* a, float* c) {
+    Scratch mine;
+    const RawB<S, T> own{b.p, b.k_stride, b.n_stride, mine.get<T>(b_panel_size<T>(kKC))};
+    matmul_tile<T>(m0, rows, n0, cols, K, load_a, own, a, c, nullptr, store);
   });
 }
 
