@@ -28,11 +28,11 @@ static_assert(kLoadRows % kTileMR<float> == 0 && kLoadRows % kTileMR<bf16> == 0)
 
 // C (rows x cols) = or += A B over one run of K: all row tiles of a panel before the next panel, and meanwhile the panel
 // after it is fetched, `next` after the last. before(n, m) is called before a register tile at (m, n), after(n, m, rows,
-// cols) when its values are in C.
+// cols, values) when its values are in C. With `one_tile`, c holds one register tile, which after() has to take away.
 template <class T, class Before, class After>
 FOLDSCAN_INLINE void gemm_run(int64_t rows, int64_t cols, int64_t kc, const T* a, int64_t lda, int64_t ak, const T* b,
-                              int64_t panel, float* c, int64_t ldc, Into into, const T* next, const Before& before,
-                              const After& after) {
+                              int64_t panel, float* c, int64_t ldc, bool one_tile, Into into, const T* next,
+                              const Before& before, const After& after) {
   constexpr int MR = kTileMR<T>;
   constexpr int64_t line = 64 / sizeof(T), near = 4096 / sizeof(T);
   const int64_t steps = ceil_div(kc, kK<T>), fetches = steps / kAheadSteps;
@@ -45,10 +45,11 @@ FOLDSCAN_INLINE void gemm_run(int64_t rows, int64_t cols, int64_t kc, const T* a
     Ahead ahead{reinterpret_cast<const char*>(then), then ? lines : 0};
     for (int64_t m = 0; m < rows; m += MR) {
       const int count = static_cast<int>(imin(MR, rows - m));
+      float* to = one_tile ? c : c + m * ldc + n;
       before(n, m);
-      micro_for<T>(count, nv)(steps, a + m * lda, lda, ak, b, kNR * kK<T>, c + m * ldc + n, ldc, tail, into, ahead);
+      micro_for<T>(count, nv)(steps, a + m * lda, lda, ak, b, kNR * kK<T>, to, ldc, tail, into, ahead);
       ahead.p += fetches * lines * 64;
-      after(n, m, count, width);
+      after(n, m, count, width, to);
     }
   }
 }
@@ -57,8 +58,8 @@ template <class T>
 FOLDSCAN_INLINE void gemm_run(int64_t rows, int64_t cols, int64_t kc, const T* a, int64_t lda, int64_t ak, const T* b,
                               int64_t panel, float* c, int64_t ldc, Into into, const T* next) {
   gemm_run<T>(
-      rows, cols, kc, a, lda, ak, b, panel, c, ldc, into, next, [](int64_t, int64_t) {},
-      [](int64_t, int64_t, int64_t, int64_t) {});
+      rows, cols, kc, a, lda, ak, b, panel, c, ldc, false, into, next, [](int64_t, int64_t) {},
+      [](int64_t, int64_t, int64_t, int64_t, const float*) {});
 }
 
 // B in panels, packed ahead of time.
@@ -90,13 +91,13 @@ template <class T, class LoadA, class B, class Store>
 FOLDSCAN_INLINE void matmul_tile(int64_t m0, int64_t rows, int64_t n0, int64_t cols, int64_t K, const LoadA& load_a,
                                  const B& b, T* a, float* c, const T* next, const Store& store) {
   constexpr int64_t lda = kKC + 2;
-  const int64_t panels = ceil_div(cols, kNR);
+  const int64_t panels = ceil_div(cols, kNR), ldc = K <= kKC ? kNR : kTileCols;
   int64_t k = 0;
   do {
     const int64_t kc = imin(kKC, K - k), part = ceil_div(kKC, panels);
     const bool last = k + kc == K;
     gemm_run<T>(
-        rows, cols, kc, a, lda, kK<T>, b.run(n0, k), b.panel, c, kTileCols, k > 0 ? Into::kAdd : Into::kSet,
+        rows, cols, kc, a, lda, kK<T>, b.run(n0, k), b.panel, c, ldc, K <= kKC, k > 0 ? Into::kAdd : Into::kSet,
         last ? next : b.run(n0, k + kKC),
         [&](int64_t n, int64_t m) {
           if (m == 0) b.prepare(n0 + n, imin(kNR, cols - n), k, kc);
@@ -105,9 +106,9 @@ FOLDSCAN_INLINE void matmul_tile(int64_t m0, int64_t rows, int64_t n0, int64_t c
           const int64_t at = k + kKC + n / kNR * part;
           if (at < K) load_a.ahead(m0 + m, imin(kTileMR<T>, rows - m), at, imin(part, K - at));
         },
-        [&](int64_t n, int64_t m, int64_t count, int64_t width) {
+        [&](int64_t n, int64_t m, int64_t count, int64_t width, const float* values) {
           if (!last) return;
-          for (int64_t i = m; i < m + count; ++i) store(m0 + i, n0 + n, c + i * kTileCols + n, width);
+          for (int64_t i = 0; i < count; ++i) store(m0 + m + i, n0 + n, values + i * ldc, width);
         });
     k += kc;
   } while (k < K);
