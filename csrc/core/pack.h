@@ -42,6 +42,8 @@ void transpose_copy(const S* src, int64_t ld_src, int64_t rows, int64_t cols, T*
 template <class S, class T>
 FOLDSCAN_INLINE void copy_row(const S* src, int64_t n, T* dst, int64_t padded) {
   int64_t i = 0;
+  if constexpr (sizeof(S) == 2 && sizeof(T) == 2)  // no detour through fp32
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) VP::load(src + i).store(dst + i);
   for (; i + kLanes <= n; i += kLanes) VF::load(src + i).store(dst + i);
   for (; i < padded; i += kLanes) store_upto(load_upto(src + i, n - i), dst + i, padded - i);
 }
