@@ -22,42 +22,85 @@ constexpr int64_t kTileRows = 96;
 constexpr int64_t kUnitTiles = 4;  // tiles of a unit at most: 384 rows amortise the packing of a block
 constexpr int64_t kSplitFloats = 2 << 20;
 
+// The keys and values of a block as operands of the two products. Several tiles of rows share a packed copy. A tile
+// that is alone (decoding) reads the rows where they lie, a slab at a time: K is transposed and bf16 V paired into a
+// slab that stays in L1, fp32 V is an operand as it is. Either way the operands are the same numbers in the same order.
 template <class T>
-struct PackedBlock {
-  T *k, *v;
-  int64_t lo;  // first key, counted from the block's start
-  int64_t k_panel, v_panel;
+struct Block {
+  Rows<T> k, v;
+  int64_t lo, count;  // first key, counted from the block's start, and number of keys
+  T *k_packed, *v_packed;
+  int64_t k_panel, v_panel;  // 0: not packed
 };
 
+constexpr int64_t kSlabKeys = 32;  // of V; K comes in panels
+constexpr int64_t kAhead = 32;  // rows between reading and prefetching
+
 template <class T>
-PackedBlock<T> new_block(const Problem& p, Scratch& scratch) {
-  return {scratch.get<T>(b_packed_size<T>(p.D, kBlockKeys)), scratch.get<T>(b_packed_size<T>(kBlockKeys, p.Dv)), 0, 0,
-          0};
+Block<T> new_block(const Problem& p, bool shared, Scratch& scratch) {
+  return {{}, {}, 0, 0, scratch.get<T>(b_packed_size<T>(p.D, shared ? kBlockKeys : kNR)),
+          scratch.get<T>(b_packed_size<T>(shared ? kBlockKeys : kSlabKeys, p.Dv)), 0, 0};
 }
 
-// Rows of one head are too far apart for the hardware's prefetcher; while decoding they come from memory.
+// Rows of one head are too far apart for the hardware's prefetcher to know where the next one is.
 template <class T>
-void prefetch(const Rows<T>& rows, int64_t count, int64_t dim) {
-  for (int64_t j = 0; j < count; ++j)
+FOLDSCAN_INLINE void prefetch(const Rows<T>& rows, int64_t first, int64_t end, int64_t dim) {
+  for (int64_t j = first; j < end; ++j)
     for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T)))
       __builtin_prefetch(rows.p + j * rows.stride + d);
 }
 
 template <class T>
-void pack_block(const Problem& p, const Pair& pair, int64_t block, Keys keys, PackedBlock<T>& to) {
-  Scratch scratch;
-  const int64_t count = keys.hi - keys.lo;
-  T* gather_k = p.block_table ? scratch.get<T>(count * p.D) : nullptr;
-  T* gather_v = p.block_table ? scratch.get<T>(count * p.Dv) : nullptr;
-  const Rows<T> k = key_rows(p, pair, false, block + keys.lo, count, gather_k);
-  prefetch(k, count, p.D);
-  const Rows<T> v = key_rows(p, pair, true, block + keys.lo, count, gather_v);
-  prefetch(v, count, p.Dv);
-  pack_b_cols(k.p, k.stride, p.D, count, to.k);
-  pack_b_rows(v.p, v.stride, count, p.Dv, to.v);
+void open_block(const Problem& p, const Pair& pair, int64_t block, Keys keys, bool shared, T* gather_k, T* gather_v,
+                Block<T>& to) {
   to.lo = keys.lo;
+  to.count = keys.hi - keys.lo;
+  to.k = key_rows(p, pair, false, block + keys.lo, to.count, gather_k);
+  to.v = key_rows(p, pair, true, block + keys.lo, to.count, gather_v);
+  if (!shared) return;
   to.k_panel = b_panel_size<T>(p.D);
-  to.v_panel = b_panel_size<T>(count);
+  to.v_panel = b_panel_size<T>(to.count);
+  pack_b_cols(to.k.p, to.k.stride, p.D, to.count, to.k_packed);
+  pack_b_rows(to.v.p, to.v.stride, to.count, p.Dv, to.v_packed);
+}
+
+// s (rows x width) = q K^T for the keys [first, first + width) of the block.
+template <class T>
+FOLDSCAN_INLINE void scores(const Problem& p, int64_t rows, const T* q, int64_t ldq, int64_t first, int64_t width,
+                            const Block<T>& kv, float* s) {
+  if (kv.k_panel)
+    return multiply<T>(rows, width, p.D, q, ldq, kv.k_packed + first / kNR * kv.k_panel, kv.k_panel, s, kBlockKeys);
+  for (int64_t n = 0; n < width; n += kNR) {
+    const int64_t count = imin(kNR, width - n);
+    for (int64_t i = 0; i < kNR; i += kLanes) {
+      const int64_t row = first + n + i;
+      prefetch(kv.k, imin(row + kAhead, kv.count), imin(row + kAhead + kLanes, kv.count), p.D);
+      if (row + kAhead >= kv.count) prefetch(kv.v, imin(row + kAhead, kv.count) - kv.count + 0*first, imin(row + kAhead + kLanes - kv.count, kv.count), p.Dv);
+      pack_b_col_vector(kv.k.p + row * kv.k.stride, kv.k.stride, p.D, imax(0, imin(kLanes, count - i)),
+                        kv.k_packed + i * kK<T>);
+    }
+    multiply<T>(rows, count, p.D, q, ldq, kv.k_packed, b_panel_size<T>(p.D), s + n, kBlockKeys);
+  }
+}
+
+// o (rows x Dv) = P V, P (rows x width).
+template <class T>
+FOLDSCAN_INLINE void mix(const Problem& p, int64_t rows, const T* prob, int64_t first, int64_t width,
+                         const Block<T>& kv, float* o) {
+  if (kv.v_panel)
+    return multiply<T>(rows, p.Dv, width, prob, kBlockKeys, kv.v_packed + first * kNR, kv.v_panel, o, p.Dv);
+  for (int64_t j = 0; j < width; j += kSlabKeys) {
+    const int64_t count = imin(kSlabKeys, width - j);
+    const T* v = kv.v.p + (first + j) * kv.v.stride;
+    prefetch(kv.v, imin(first + j + kAhead, kv.count), imin(first + j + kAhead + kSlabKeys, kv.count), p.Dv);
+    if (sizeof(T) == 4 && p.Dv % kLanes == 0) {
+      gemm_block<T>(rows, p.Dv, count, prob + j, kBlockKeys, kK<T>, v, kv.v.stride, kNR, o, p.Dv, j > 0);
+    } else {
+      pack_b_rows(v, kv.v.stride, count, p.Dv, kv.v_packed);
+      gemm_block<T>(rows, p.Dv, count, prob + j, kBlockKeys, kK<T>, kv.v_packed, kNR * kK<T>, b_panel_size<T>(count), o,
+                    p.Dv, j > 0);
+    }
+  }
 }
 
 // One row of scores, keys [lo, hi) of `width` visible: probabilities relative to the row's maximum (in units of log2),
@@ -131,10 +174,9 @@ TileScratch<T> new_tile(Scratch& scratch) {
 // State of `rows` rows (q, kTileRows at most) against the keys `keys` of one block.
 template <class T>
 void block_state(const Problem& p, const Pair& pair, int64_t first_row, int64_t rows, const T* q, int64_t ldq,
-                 int64_t block, Keys keys, const PackedBlock<T>& kv, const TileScratch<T>& t, const State& out) {
+                 int64_t block, Keys keys, const Block<T>& kv, const TileScratch<T>& t, const State& out) {
   const int64_t width = keys.hi - keys.lo;
-  const T* k = kv.k + (keys.lo - kv.lo) / kNR * kv.k_panel;
-  multiply<T>(rows, width, p.D, q, ldq, k, kv.k_panel, t.s, kBlockKeys);
+  scores<T>(p, rows, q, ldq, keys.lo - kv.lo, width, kv, t.s);
   const int64_t origin = block + keys.lo;
   Keys seen{};
   for (int64_t i = 0; i < rows; ++i) {
@@ -142,7 +184,7 @@ void block_state(const Problem& p, const Pair& pair, int64_t first_row, int64_t 
     softmax_row(p, t.s + i * kBlockKeys, imax(seen.lo - origin, 0), imin(seen.hi - origin, width), width,
                 t.prob + i * kBlockKeys, out.m[i], out.l[i]);
   }
-  multiply<T>(rows, p.Dv, width, t.prob, kBlockKeys, kv.v + (keys.lo - kv.lo) * kNR, kv.v_panel, out.o, p.Dv);
+  mix<T>(p, rows, t.prob, keys.lo - kv.lo, width, kv, out.o);
 }
 
 // Adds the state of the next block. Weights are computed for vectors of rows, lane by lane.
@@ -265,12 +307,15 @@ void run_unit(const Forward& f, const Units::Unit& u) {
     clear_state(p, imin(kTileRows, u.rows - t * kTileRows), state_at(states + t * floats, kTileRows));
   const State fresh = state_at(scratch.get<float>(floats), kTileRows);
   const TileScratch<T> tile = new_tile<T>(scratch);
-  PackedBlock<T> kv = new_block<T>(p, scratch);
+  const bool shared = tiles > 1;
+  Block<T> kv = new_block<T>(p, shared, scratch);
+  T* gather_k = p.block_table ? scratch.get<T>(kBlockKeys * p.D) : nullptr;
+  T* gather_v = p.block_table ? scratch.get<T>(kBlockKeys * p.Dv) : nullptr;
   for (int64_t b = u.block0; b < u.block1; ++b) {
     const int64_t block = b * kBlockKeys;
     const Keys all = keys_in_block(p, u.pair, u.first, u.rows, block, kBlockKeys);
     if (all.hi <= all.lo) continue;
-    pack_block(p, u.pair, block, all, kv);
+    open_block(p, u.pair, block, all, shared, gather_k, gather_v, kv);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t first = u.first + t * kTileRows, rows = imin(kTileRows, u.first + u.rows - first);
       const Keys keys = keys_in_block(p, u.pair, first, rows, block, kBlockKeys);
@@ -300,8 +345,10 @@ void run_split(const Forward& f, const Units& units, int64_t capacity, const int
     const int64_t ldq = round_up(p.D, kK<T>);
     T* q = scratch.get<T>(u.rows * ldq);
     load_queries(p, u, q, ldq);
-    PackedBlock<T> kv = new_block<T>(p, scratch);
-    pack_block(p, u.pair, block, keys, kv);
+    Block<T> kv = new_block<T>(p, false, scratch);
+    T* gather_k = p.block_table ? scratch.get<T>(kBlockKeys * p.D) : nullptr;
+    T* gather_v = p.block_table ? scratch.get<T>(kBlockKeys * p.Dv) : nullptr;
+    open_block(p, u.pair, block, keys, false, gather_k, gather_v, kv);
     block_state(p, u.pair, u.first, u.rows, q, ldq, block, keys, kv, new_tile<T>(scratch), out);
   });
   parallel_for(units.count, grain_for(p.Dv * units.rows), [&](int64_t i) {
