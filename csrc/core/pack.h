@@ -57,7 +57,18 @@ template <class S>
 void pack_b_rows(const S* src, int64_t ld, int64_t K, int64_t N, bf16* dst) {
   for (int64_t n = 0; n < N; n += kNR) {
     for (int64_t k = 0; k < K; k += 2, dst += 2 * kNR) {
-      for (int64_t i = 0; i < kNR; i += kLanes) {
+      int64_t i = 0;
+      if constexpr (sizeof(S) == 2) {
+        const int64_t whole = k + 1 < K ? imin(kNR, N - n) / (2 * kLanes) * (2 * kLanes) : 0;
+        for (; i < whole; i += 2 * kLanes) {
+          const S* p = src + k * ld + n + i;
+          VP low, high;
+          VP::zip(p, p + ld, low, high);
+          low.store(dst + 2 * i);
+          high.store(dst + 2 * i + 2 * kLanes);
+        }
+      }
+      for (; i < kNR; i += kLanes) {
         const int w = static_cast<int>(imax(0, imin(kLanes, N - n - i)));
         const S* p = src + k * ld + n + (w ? i : 0);
         if constexpr (sizeof(S) == 2) {

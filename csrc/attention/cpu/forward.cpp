@@ -19,89 +19,120 @@ namespace {
 
 constexpr int64_t kBlockKeys = 256;
 constexpr int64_t kTileRows = 96;
-constexpr int64_t kUnitTiles = 4;  // tiles of a unit at most: 384 rows amortise the packing of a block
-constexpr int64_t kSplitFloats = 2 << 20;
+constexpr int64_t kUnitTiles = 4;           // tiles of a unit at most: 384 rows amortise the packing of a block
+constexpr int64_t kFewRows = 16;            // of a unit, on average: keys come from memory faster than they are used
+constexpr int64_t kWaveFloats = 2 << 20;    // states of the sequences that are split at a time: they stay in L3
+constexpr int64_t kSplitFloats = 16 << 20;  // states of one sequence at most
 
 // The keys and values of a block as operands of the two products. Several tiles of rows share a packed copy. A tile
-// that is alone (decoding) reads the rows where they lie, a slab at a time: K is transposed and bf16 V paired into a
+// that is alone (decoding) takes the rows where they lie, a slab at a time: K is transposed and bf16 V paired into a
 // slab that stays in L1, fp32 V is an operand as it is. Either way the operands are the same numbers in the same order.
-template <class T>
-struct Block {
-  Rows<T> k, v;
-  int64_t lo, count;  // first key, counted from the block's start, and number of keys
-  T *k_packed, *v_packed;
-  int64_t k_panel, v_panel;  // 0: not packed
+struct Next {
+  Pair pair;
+  int64_t first;
 };
 
-constexpr int64_t kSlabKeys = 32;  // of V; K comes in panels
-constexpr int64_t kAhead = 32;  // rows between reading and prefetching
-
 template <class T>
-Block<T> new_block(const Problem& p, bool shared, Scratch& scratch) {
-  return {{}, {}, 0, 0, scratch.get<T>(b_packed_size<T>(p.D, shared ? kBlockKeys : kNR)),
-          scratch.get<T>(b_packed_size<T>(shared ? kBlockKeys : kSlabKeys, p.Dv)), 0, 0};
-}
+class Block {
+ public:
+  Block(const Problem& p, const Pair& pair, bool shared, Scratch& scratch)
+      : p_(p),
+        pair_(pair),
+        shared_(shared),
+        gather_(p.block_table ? scratch.get<T>(kSlab * imax(p.D, p.Dv)) : nullptr),
+        k_(scratch.get<T>(b_packed_size<T>(p.D, shared ? kBlockKeys : kSlab))),
+        v_(scratch.get<T>(b_packed_size<T>(shared ? kBlockKeys : kSlab, p.Dv))) {}
 
-// Rows of one head are too far apart for the hardware's prefetcher to know where the next one is.
-template <class T>
-FOLDSCAN_INLINE void prefetch(const Rows<T>& rows, int64_t first, int64_t end, int64_t dim) {
-  for (int64_t j = first; j < end; ++j)
-    for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T)))
-      __builtin_prefetch(rows.p + j * rows.stride + d);
-}
-
-template <class T>
-void open_block(const Problem& p, const Pair& pair, int64_t block, Keys keys, bool shared, T* gather_k, T* gather_v,
-                Block<T>& to) {
-  to.lo = keys.lo;
-  to.count = keys.hi - keys.lo;
-  to.k = key_rows(p, pair, false, block + keys.lo, to.count, gather_k);
-  to.v = key_rows(p, pair, true, block + keys.lo, to.count, gather_v);
-  if (!shared) return;
-  to.k_panel = b_panel_size<T>(p.D);
-  to.v_panel = b_panel_size<T>(to.count);
-  pack_b_cols(to.k.p, to.k.stride, p.D, to.count, to.k_packed);
-  pack_b_rows(to.v.p, to.v.stride, to.count, p.Dv, to.v_packed);
-}
-
-// s (rows x width) = q K^T for the keys [first, first + width) of the block.
-template <class T>
-FOLDSCAN_INLINE void scores(const Problem& p, int64_t rows, const T* q, int64_t ldq, int64_t first, int64_t width,
-                            const Block<T>& kv, float* s) {
-  if (kv.k_panel)
-    return multiply<T>(rows, width, p.D, q, ldq, kv.k_packed + first / kNR * kv.k_panel, kv.k_panel, s, kBlockKeys);
-  for (int64_t n = 0; n < width; n += kNR) {
-    const int64_t count = imin(kNR, width - n);
-    for (int64_t i = 0; i < kNR; i += kLanes) {
-      const int64_t row = first + n + i;
-      prefetch(kv.k, imin(row + kAhead, kv.count), imin(row + kAhead + kLanes, kv.count), p.D);
-      if (row + kAhead >= kv.count) prefetch(kv.v, imin(row + kAhead, kv.count) - kv.count + 0*first, imin(row + kAhead + kLanes - kv.count, kv.count), p.Dv);
-      pack_b_col_vector(kv.k.p + row * kv.k.stride, kv.k.stride, p.D, imax(0, imin(kLanes, count - i)),
-                        kv.k_packed + i * kK<T>);
-    }
-    multiply<T>(rows, count, p.D, q, ldq, kv.k_packed, b_panel_size<T>(p.D), s + n, kBlockKeys);
-  }
-}
-
-// o (rows x Dv) = P V, P (rows x width).
-template <class T>
-FOLDSCAN_INLINE void mix(const Problem& p, int64_t rows, const T* prob, int64_t first, int64_t width,
-                         const Block<T>& kv, float* o) {
-  if (kv.v_panel)
-    return multiply<T>(rows, p.Dv, width, prob, kBlockKeys, kv.v_packed + first * kNR, kv.v_panel, o, p.Dv);
-  for (int64_t j = 0; j < width; j += kSlabKeys) {
-    const int64_t count = imin(kSlabKeys, width - j);
-    const T* v = kv.v.p + (first + j) * kv.v.stride;
-    prefetch(kv.v, imin(first + j + kAhead, kv.count), imin(first + j + kAhead + kSlabKeys, kv.count), p.Dv);
-    if (sizeof(T) == 4 && p.Dv % kLanes == 0) {
-      gemm_block<T>(rows, p.Dv, count, prob + j, kBlockKeys, kK<T>, v, kv.v.stride, kNR, o, p.Dv, j > 0);
-    } else {
-      pack_b_rows(v, kv.v.stride, count, p.Dv, kv.v_packed);
-      gemm_block<T>(rows, p.Dv, count, prob + j, kBlockKeys, kK<T>, kv.v_packed, kNR * kK<T>, b_panel_size<T>(count), o,
-                    p.Dv, j > 0);
+  // Turns to the keys [first, first + count) of the sequence, `first` at a multiple of kNR; `after` says which keys
+  // this thread will most likely read next.
+  void open(int64_t first, int64_t count, const Next& after) {
+    first_ = first;
+    count_ = count;
+    after_ = after;
+    next_ = 0;
+    if (!shared_) return fetch(kLead);
+    for (int64_t n = 0; n < count; n += kSlab) {
+      const int64_t slab = imin(kSlab, count - n);
+      const Rows<T> k = key_rows(p_, pair_, false, first + n, slab, gather_);
+      pack_b_cols(k.p, k.stride, p_.D, slab, k_ + n / kNR * b_panel_size<T>(p_.D));
+      const Rows<T> v = key_rows(p_, pair_, true, first + n, slab, gather_);
+      for (int64_t d = 0; d < p_.Dv; d += kNR)
+        pack_b_rows(v.p + d, v.stride, slab, imin(kNR, p_.Dv - d), v_ + d / kNR * b_panel_size<T>(count) + n * kNR);
     }
   }
-}
+
+  // s (rows x width) = q K^T for the keys from `from` on, counted from the block's first.
+  FOLDSCAN_INLINE void scores(int64_t rows, int64_t from, int64_t width, const T* q, int64_t ldq, float* s) {
+    const int64_t panel = b_panel_size<T>(p_.D);
+    if (shared_) return multiply<T>(rows, width, p_.D, q, ldq, k_ + from / kNR * panel, panel, s, kBlockKeys);
+    for (int64_t n = 0; n < width; n += kSlab) {
+      const int64_t count = imin(kSlab, width - n);
+      const Rows<T> k = key_rows(p_, pair_, false, first_ + from + n, count, gather_);
+      for (int64_t i = 0; i < count; i += kLanes) {
+        fetch(kLanes * 3 / 4);
+        pack_b_col_vector(k.p + i * k.stride, k.stride, p_.D, imin(kLanes, count - i),
+                          k_ + i / kNR * panel + i % kNR * kK<T>);
+      }
+      for (int64_t d = 0; d < p_.D; d += kPiece) {
+        fetch(kLanes / 4);
+        gemm_block<T>(rows, count, imin(kPiece, p_.D - d), q + d, ldq, kK<T>, k_ + d * kNR, kNR * kK<T>, panel, s + n,
+                      kBlockKeys, d > 0);
+      }
+    }
+  }
+
+  // o (rows x Dv) = P V, P (rows x width).
+  FOLDSCAN_INLINE void mix(int64_t rows, int64_t from, int64_t width, const T* prob, float* o) {
+    if (shared_)
+      return multiply<T>(rows, p_.Dv, width, prob, kBlockKeys, v_ + from * kNR, b_panel_size<T>(count_), o, p_.Dv);
+    for (int64_t n = 0; n < width; n += kSlab / 2) {
+      const int64_t count = imin(kSlab / 2, width - n);
+      const Rows<T> v = key_rows(p_, pair_, true, first_ + from + n, count, gather_);
+      fetch(kSlab / 2);
+      if (sizeof(T) == 4 && p_.Dv % kLanes == 0) {
+        gemm_block<T>(rows, p_.Dv, count, prob + n, kBlockKeys, kK<T>, v.p, v.stride, kNR, o, p_.Dv, n > 0);
+      } else {
+        pack_b_rows(v.p, v.stride, count, p_.Dv, v_);
+        gemm_block<T>(rows, p_.Dv, count, prob + n, kBlockKeys, kK<T>, v_, kNR * kK<T>, b_panel_size<T>(count), o,
+                      p_.Dv, n > 0);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kSlab = kNR > 64 ? kNR : 64;
+  static constexpr int64_t kPiece = 32;  // of a head, between fetches
+  static constexpr int64_t kLead = 48;   // rows
+
+  // Asks for the next rows: K of the block, V of the block, then the first of what comes after. Little at a time and
+  // all the time: a core can wait for a few dozen cache lines at once, and rows of one head are too far apart for the
+  // hardware to foresee.
+  FOLDSCAN_INLINE void fetch(int64_t rows) {
+    while (rows > 0) {
+      const int64_t segment = next_ / count_, end = segment < 2 ? (segment + 1) * count_ : 2 * count_ + kLead;
+      const Pair& pair = segment < 2 ? pair_ : after_.pair;
+      const int64_t key = next_ - segment * count_ + (segment < 2 ? first_ : after_.first);
+      if (next_ >= end || key >= pair.Lk) return;
+      const bool values = segment == 1;
+      int64_t run;
+      const T* row = key_row<T>(p_, pair, values, key, run);
+      const int64_t stride = values ? p_.v_row : p_.k_row, dim = values ? p_.Dv : p_.D;
+      const int64_t count = imin(imin(rows, run), end - next_);
+      for (int64_t j = 0; j < count; ++j)
+        for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T)))
+          __builtin_prefetch(row + j * stride + d, 0, 2);
+      next_ += count;
+      rows -= count;
+    }
+  }
+
+  const Problem& p_;
+  const Pair& pair_;
+  const bool shared_;
+  T *const gather_, *const k_, *const v_;
+  int64_t first_ = 0, count_ = 0, next_ = 0;
+  Next after_{};
+};
 
 // One row of scores, keys [lo, hi) of `width` visible: probabilities relative to the row's maximum (in units of log2),
 // zero elsewhere up to a full vector. s and prob may be the same memory.
@@ -171,12 +202,12 @@ TileScratch<T> new_tile(Scratch& scratch) {
   return t;
 }
 
-// State of `rows` rows (q, kTileRows at most) against the keys `keys` of one block.
+// State of `rows` rows (q, kTileRows at most) against the keys `keys` of the block, of which kv holds those from lo on.
 template <class T>
 void block_state(const Problem& p, const Pair& pair, int64_t first_row, int64_t rows, const T* q, int64_t ldq,
-                 int64_t block, Keys keys, const Block<T>& kv, const TileScratch<T>& t, const State& out) {
+                 int64_t block, Keys keys, int64_t lo, Block<T>& kv, const TileScratch<T>& t, const State& out) {
   const int64_t width = keys.hi - keys.lo;
-  scores<T>(p, rows, q, ldq, keys.lo - kv.lo, width, kv, t.s);
+  kv.scores(rows, keys.lo - lo, width, q, ldq, t.s);
   const int64_t origin = block + keys.lo;
   Keys seen{};
   for (int64_t i = 0; i < rows; ++i) {
@@ -184,7 +215,7 @@ void block_state(const Problem& p, const Pair& pair, int64_t first_row, int64_t 
     softmax_row(p, t.s + i * kBlockKeys, imax(seen.lo - origin, 0), imin(seen.hi - origin, width), width,
                 t.prob + i * kBlockKeys, out.m[i], out.l[i]);
   }
-  mix<T>(p, rows, t.prob, keys.lo - kv.lo, width, kv, out.o);
+  kv.mix(rows, keys.lo - lo, width, t.prob, out.o);
 }
 
 // Adds the state of the next block. Weights are computed for vectors of rows, lane by lane.
@@ -307,20 +338,17 @@ void run_unit(const Forward& f, const Units::Unit& u) {
     clear_state(p, imin(kTileRows, u.rows - t * kTileRows), state_at(states + t * floats, kTileRows));
   const State fresh = state_at(scratch.get<float>(floats), kTileRows);
   const TileScratch<T> tile = new_tile<T>(scratch);
-  const bool shared = tiles > 1;
-  Block<T> kv = new_block<T>(p, shared, scratch);
-  T* gather_k = p.block_table ? scratch.get<T>(kBlockKeys * p.D) : nullptr;
-  T* gather_v = p.block_table ? scratch.get<T>(kBlockKeys * p.Dv) : nullptr;
+  Block<T> kv(p, u.pair, tiles > 1, scratch);
   for (int64_t b = u.block0; b < u.block1; ++b) {
     const int64_t block = b * kBlockKeys;
     const Keys all = keys_in_block(p, u.pair, u.first, u.rows, block, kBlockKeys);
     if (all.hi <= all.lo) continue;
-    open_block(p, u.pair, block, all, shared, gather_k, gather_v, kv);
+    kv.open(block + all.lo, all.hi - all.lo, {u.pair, block + all.hi});
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t first = u.first + t * kTileRows, rows = imin(kTileRows, u.first + u.rows - first);
       const Keys keys = keys_in_block(p, u.pair, first, rows, block, kBlockKeys);
       if (keys.hi <= keys.lo) continue;
-      block_state(p, u.pair, first, rows, q + t * kTileRows * ldq, ldq, block, keys, kv, tile, fresh);
+      block_state(p, u.pair, first, rows, q + t * kTileRows * ldq, ldq, block, keys, all.lo, kv, tile, fresh);
       merge_state<T>(p, rows, state_at(states + t * floats, kTileRows), fresh);
     }
   }
@@ -329,37 +357,86 @@ void run_unit(const Forward& f, const Units::Unit& u) {
               state_at(states + t * floats, kTileRows));
 }
 
-// Units of one tile; first all (unit, block) states, then the merges.
+// Rows of a unit against one block of keys.
+struct Task {
+  int64_t unit, block;
+};
+
+// Sequences [s0, s1), units of one tile: first all (unit, block) states, then the merges. All heads of a block come one
+// after another: together their keys lie without gaps, which spares page walks.
 template <class T>
-void run_split(const Forward& f, const Units& units, int64_t capacity, const int64_t* first_state, float* states) {
+void run_split(const Forward& f, const Units& units, int64_t s0, int64_t s1, int64_t capacity, int64_t total) {
   const Problem& p = f.p;
-  const int64_t floats = state_floats(p, capacity);
-  parallel_for(first_state[units.count], grain_for(capacity * kBlockKeys * p.D / 8), [&](int64_t task) {
-    const int64_t index = find_sequence(first_state, units.count, task);
-    const Units::Unit u = units[index];
-    const int64_t block = (u.block0 + task - first_state[index]) * kBlockKeys;
-    const State out = state_at(states + task * floats, capacity);
+  const int64_t floats = state_floats(p, capacity), u0 = units.starts[s0], u1 = units.starts[s1];
+  Scratch shared;
+  float* states = shared.get<float>(total * floats);
+  Task* tasks = shared.get<Task>(total);
+  int64_t* first_state = shared.get<int64_t>(u1 - u0 + 1);
+  first_state[0] = 0;
+  for (int64_t u = u0; u < u1; ++u) first_state[u - u0 + 1] = first_state[u - u0] + units[u].block1 - units[u].block0;
+  for (int64_t s = s0, n = 0; s < s1; ++s)
+    for (int64_t b = 0, left = 1; left > 0; ++b) {
+      left = 0;
+      for (int64_t u = units.starts[s]; u < units.starts[s + 1]; ++u) {
+        const Units::Unit unit = units[u];
+        left += imax(0, unit.block1 - 1 - b);
+        if (b >= unit.block0 && b < unit.block1) tasks[n++] = {u, b};
+      }
+    }
+  parallel_for(total, imax(1, imin(p.Hkv, total / (4 * num_threads()))), [&](int64_t i) {
+    const Task task = tasks[i];
+    const Units::Unit u = units[task.unit];
+    const int64_t block = task.block * kBlockKeys;
+    const State out = state_at(states + (first_state[task.unit - u0] + task.block - u.block0) * floats, capacity);
     const Keys keys = keys_in_block(p, u.pair, u.first, u.rows, block, kBlockKeys);
     if (keys.hi <= keys.lo) return clear_state(p, u.rows, out);
+    const Task next = tasks[imin(i + 1, total - 1)];
     Scratch scratch;
     const int64_t ldq = round_up(p.D, kK<T>);
     T* q = scratch.get<T>(u.rows * ldq);
     load_queries(p, u, q, ldq);
-    Block<T> kv = new_block<T>(p, false, scratch);
-    T* gather_k = p.block_table ? scratch.get<T>(kBlockKeys * p.D) : nullptr;
-    T* gather_v = p.block_table ? scratch.get<T>(kBlockKeys * p.Dv) : nullptr;
-    open_block(p, u.pair, block, keys, false, gather_k, gather_v, kv);
-    block_state(p, u.pair, u.first, u.rows, q, ldq, block, keys, kv, new_tile<T>(scratch), out);
+    Block<T> kv(p, u.pair, false, scratch);
+    kv.open(block + keys.lo, keys.hi - keys.lo, {units[next.unit].pair, next.block * kBlockKeys});
+    block_state(p, u.pair, u.first, u.rows, q, ldq, block, keys, keys.lo, kv, new_tile<T>(scratch), out);
   });
-  parallel_for(units.count, grain_for(p.Dv * units.rows), [&](int64_t i) {
-    const Units::Unit u = units[i];
+  parallel_for(u1 - u0, grain_for(p.Dv * units.rows), [&](int64_t i) {
+    const Units::Unit u = units[u0 + i];
     Scratch scratch;
     const State sum = state_at(scratch.get<float>(floats), capacity);
     clear_state(p, u.rows, sum);
-    for (int64_t task = first_state[i]; task < first_state[i + 1]; ++task)
-      merge_state<T>(p, u.rows, sum, state_at(states + task * floats, capacity));
+    for (int64_t t = first_state[i]; t < first_state[i + 1]; ++t)
+      merge_state<T>(p, u.rows, sum, state_at(states + t * floats, capacity));
     finish<T>(f, u.pair, u.first, u.rows, sum);
   });
+}
+
+// Splits the keys where that pays: few rows against many keys. False where it does not.
+template <class T>
+bool split(const Forward& f, const Units& units) {
+  const Problem& p = f.p;
+  Scratch scratch;
+  int64_t* blocks = scratch.get<int64_t>(p.n);  // of all units of a sequence
+  int64_t capacity = 0, total = 0, most = 0;
+  for (int64_t s = 0; s < p.n; ++s) {
+    blocks[s] = 0;
+    for (int64_t i = units.starts[s]; i < units.starts[s + 1]; ++i) {
+      const Units::Unit u = units[i];
+      blocks[s] += u.block1 - u.block0;
+      capacity = imax(capacity, u.rows);
+    }
+    total += blocks[s];
+    most = imax(most, blocks[s]);
+  }
+  const int64_t floats = state_floats(p, capacity);
+  const bool decoding = p.cu_q[p.n] * p.Hq <= kFewRows * units.count, idle = units.count < 2 * num_threads();
+  if (!(decoding || (idle && num_threads() > 1)) || total == units.count || most * floats > kSplitFloats) return false;
+  for (int64_t s = 0; s < p.n;) {
+    int64_t end = s, sum = 0;
+    while (end < p.n && (end == s || (sum + blocks[end]) * floats <= kWaveFloats)) sum += blocks[end++];
+    run_split<T>(f, units, s, end, capacity, sum);
+    s = end;
+  }
+  return true;
 }
 
 template <class T>
@@ -368,21 +445,8 @@ void run(const Forward& f) {
   Scratch scratch;
   int64_t* starts = scratch.get<int64_t>(p.n + 1);
   const Units units = make_units(p, kTileRows, starts);
-  const int64_t threads = num_threads();
-  if (threads > 1 && units.count < 2 * threads) {
-    int64_t* first_state = scratch.get<int64_t>(units.count + 1);
-    first_state[0] = 0;
-    int64_t capacity = 0;
-    for (int64_t i = 0; i < units.count; ++i) {
-      const Units::Unit u = units[i];
-      first_state[i + 1] = first_state[i] + u.block1 - u.block0;
-      capacity = imax(capacity, u.rows);
-    }
-    const int64_t total = first_state[units.count], floats = total * state_floats(p, capacity);
-    if (total > units.count && floats <= kSplitFloats)
-      return run_split<T>(f, units, capacity, first_state, scratch.get<float>(floats));
-  }
-  const int64_t tiles = imax(1, imin(kUnitTiles, units.count / (4 * threads)));
+  if (split<T>(f, units)) return;
+  const int64_t tiles = imax(1, imin(kUnitTiles, units.count / (4 * num_threads())));
   const Units larger = make_units(p, tiles * kTileRows, starts);
   // The last units of a causal problem are the longest: they go first.
   const int64_t keys = p.n ? p.cu_k[p.n] / p.n : 0;
