@@ -88,7 +88,14 @@ void pack_b_rows(const S* src, int64_t ld, int64_t K, int64_t N, bf16* dst) {
 // the vector's place in the first row of the panel.
 template <class S>
 void pack_b_col_vector(const S* src, int64_t ld, int64_t K, int64_t w, float* dst) {
-  for (int64_t k = 0; k < K; k += kLanes) {
+  int64_t k = 0;
+  for (; w == kLanes && k + kLanes <= K; k += kLanes) {
+    VF t[kLanes];
+    for (int j = 0; j < kLanes; ++j) t[j] = VF::load(src + j * ld + k);
+    transpose(t);
+    for (int j = 0; j < kLanes; ++j) t[j].store(dst + (k + j) * kNR);
+  }
+  for (; k < K; k += kLanes) {
     const int64_t nk = imin(kLanes, K - k);
     VF t[kLanes];
     for (int j = 0; j < kLanes; ++j) t[j] = j < w ? load_upto(src + j * ld + k, nk) : VF::zero();
@@ -97,6 +104,14 @@ void pack_b_col_vector(const S* src, int64_t ld, int64_t K, int64_t w, float* ds
   }
 }
 
+// kLanes pairs of bf16; `elements` of them, the rest zero.
+FOLDSCAN_INLINE VF load_pairs(const bf16* p) { return VF::load(reinterpret_cast<const float*>(p)); }
+FOLDSCAN_INLINE VF load_pairs(const float* p) {
+  alignas(64) bf16 t[2 * kLanes];
+  VF::load(p).store(t);
+  VF::load(p + kLanes).store(t + kLanes);
+  return load_pairs(t);
+}
 FOLDSCAN_INLINE VF load_pairs(const bf16* p, int64_t elements) {
   if (elements >= 2 * kLanes) return VF::load(reinterpret_cast<const float*>(p));
   alignas(64) bf16 t[2 * kLanes] = {};
@@ -113,7 +128,14 @@ FOLDSCAN_INLINE VF load_pairs(const float* p, int64_t elements) {
 // bf16 moves pairs of k as one 32-bit lane.
 template <class S>
 void pack_b_col_vector(const S* src, int64_t ld, int64_t K, int64_t w, bf16* dst) {
-  for (int64_t k = 0; k < K; k += 2 * kLanes) {
+  int64_t k = 0;
+  for (; w == kLanes && k + 2 * kLanes <= K; k += 2 * kLanes) {
+    VF t[kLanes];
+    for (int j = 0; j < kLanes; ++j) t[j] = load_pairs(src + j * ld + k);
+    transpose(t);
+    for (int j = 0; j < kLanes; ++j) t[j].store(reinterpret_cast<float*>(dst + (k + 2 * j) * kNR));
+  }
+  for (; k < K; k += 2 * kLanes) {
     const int64_t nk = imin(2 * kLanes, K - k);
     VF t[kLanes];
     for (int j = 0; j < kLanes; ++j) t[j] = j < w ? load_pairs(src + j * ld + k, nk) : VF::zero();

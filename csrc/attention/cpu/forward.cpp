@@ -399,7 +399,7 @@ void run_split(const Forward& f, const Units& units, int64_t s0, int64_t s1, int
     kv.open(block + keys.lo, keys.hi - keys.lo, {units[next.unit].pair, next.block * kBlockKeys});
     block_state(p, u.pair, u.first, u.rows, q, ldq, block, keys, keys.lo, kv, new_tile<T>(scratch), out);
   });
-  parallel_for(u1 - u0, grain_for(p.Dv * units.rows), [&](int64_t i) {
+  parallel_for(u1 - u0, grain_for(total / (u1 - u0) * floats / 8), [&](int64_t i) {
     const Units::Unit u = units[u0 + i];
     Scratch scratch;
     const State sum = state_at(scratch.get<float>(floats), capacity);
