@@ -85,15 +85,17 @@ void pack_b_rows(const S* src, int64_t ld, int64_t K, int64_t N, bf16* dst) {
 }
 
 // One vector of columns of a panel from w columns of K contiguous elements, `ld` apart: transposed in registers. dst is
-// the vector's place in the first row of the panel.
-template <class S>
-void pack_b_col_vector(const S* src, int64_t ld, int64_t K, int64_t w, float* dst) {
+// the vector's place in the first row of the panel; between() is called after each tile of the transpose.
+template <class S, class Between>
+FOLDSCAN_INLINE void pack_b_col_vector(const S* src, int64_t ld, int64_t K, int64_t w, float* dst,
+                                       const Between& between) {
   int64_t k = 0;
   for (; w == kLanes && k + kLanes <= K; k += kLanes) {
     VF t[kLanes];
     for (int j = 0; j < kLanes; ++j) t[j] = VF::load(src + j * ld + k);
     transpose(t);
     for (int j = 0; j < kLanes; ++j) t[j].store(dst + (k + j) * kNR);
+    between();
   }
   for (; k < K; k += kLanes) {
     const int64_t nk = imin(kLanes, K - k);
@@ -126,14 +128,16 @@ FOLDSCAN_INLINE VF load_pairs(const float* p, int64_t elements) {
 }
 
 // bf16 moves pairs of k as one 32-bit lane.
-template <class S>
-void pack_b_col_vector(const S* src, int64_t ld, int64_t K, int64_t w, bf16* dst) {
+template <class S, class Between>
+FOLDSCAN_INLINE void pack_b_col_vector(const S* src, int64_t ld, int64_t K, int64_t w, bf16* dst,
+                                       const Between& between) {
   int64_t k = 0;
   for (; w == kLanes && k + 2 * kLanes <= K; k += 2 * kLanes) {
     VF t[kLanes];
     for (int j = 0; j < kLanes; ++j) t[j] = load_pairs(src + j * ld + k);
     transpose(t);
     for (int j = 0; j < kLanes; ++j) t[j].store(reinterpret_cast<float*>(dst + (k + 2 * j) * kNR));
+    between();
   }
   for (; k < K; k += 2 * kLanes) {
     const int64_t nk = imin(2 * kLanes, K - k);
@@ -150,7 +154,7 @@ void pack_b_cols(const S* src, int64_t ld, int64_t K, int64_t N, T* dst) {
   const int64_t panel = b_panel_size<T>(K);
   for (int64_t n = 0; n < N; n += kNR, dst += panel)
     for (int64_t i = 0; i < kNR; i += kLanes)
-      pack_b_col_vector(src + (n + i) * ld, ld, K, imax(0, imin(kLanes, N - n - i)), dst + i * kK<T>);
+      pack_b_col_vector(src + (n + i) * ld, ld, K, imax(0, imin(kLanes, N - n - i)), dst + i * kK<T>, [] {});
 }
 
 // B[k][n] = src[k * k_stride + n * n_stride], one of the strides being 1. dst: b_packed_size<T>(K, N) elements.

@@ -12,127 +12,15 @@
 //   (pairs for bf16, anchored at even keys), l_b a fixed lane pattern; a masked key adds exactly 0, a block without
 //   visible keys is an exact identity. So the same bits come out in prefill, in pieces, one token at a time, from
 //   pages, alone or in a batch, with any number of threads.
-#include "attention/cpu/tiles.h"
+#include "attention/cpu/blocks.h"
 
 namespace foldscan::FOLDSCAN_ISA::attention {
 namespace {
 
-constexpr int64_t kBlockKeys = 256;
 constexpr int64_t kTileRows = 96;
 constexpr int64_t kUnitTiles = 4;           // tiles of a unit at most: 384 rows amortise the packing of a block
-constexpr int64_t kFewRows = 16;            // of a unit, on average: keys come from memory faster than they are used
 constexpr int64_t kWaveFloats = 2 << 20;    // states of the sequences that are split at a time: they stay in L3
 constexpr int64_t kSplitFloats = 16 << 20;  // states of one sequence at most
-
-// The keys and values of a block as operands of the two products. Several tiles of rows share a packed copy. A tile
-// that is alone (decoding) takes the rows where they lie, a slab at a time: K is transposed and bf16 V paired into a
-// slab that stays in L1, fp32 V is an operand as it is. Either way the operands are the same numbers in the same order.
-struct Next {
-  Pair pair;
-  int64_t first;
-};
-
-template <class T>
-class Block {
- public:
-  Block(const Problem& p, const Pair& pair, bool shared, Scratch& scratch)
-      : p_(p),
-        pair_(pair),
-        shared_(shared),
-        gather_(p.block_table ? scratch.get<T>(kSlab * imax(p.D, p.Dv)) : nullptr),
-        k_(scratch.get<T>(b_packed_size<T>(p.D, shared ? kBlockKeys : kSlab))),
-        v_(scratch.get<T>(b_packed_size<T>(shared ? kBlockKeys : kSlab, p.Dv))) {}
-
-  // Turns to the keys [first, first + count) of the sequence, `first` at a multiple of kNR; `after` says which keys
-  // this thread will most likely read next.
-  void open(int64_t first, int64_t count, const Next& after) {
-    first_ = first;
-    count_ = count;
-    after_ = after;
-    next_ = 0;
-    if (!shared_) return fetch(kLead);
-    for (int64_t n = 0; n < count; n += kSlab) {
-      const int64_t slab = imin(kSlab, count - n);
-      const Rows<T> k = key_rows(p_, pair_, false, first + n, slab, gather_);
-      pack_b_cols(k.p, k.stride, p_.D, slab, k_ + n / kNR * b_panel_size<T>(p_.D));
-      const Rows<T> v = key_rows(p_, pair_, true, first + n, slab, gather_);
-      for (int64_t d = 0; d < p_.Dv; d += kNR)
-        pack_b_rows(v.p + d, v.stride, slab, imin(kNR, p_.Dv - d), v_ + d / kNR * b_panel_size<T>(count) + n * kNR);
-    }
-  }
-
-  // s (rows x width) = q K^T for the keys from `from` on, counted from the block's first.
-  FOLDSCAN_INLINE void scores(int64_t rows, int64_t from, int64_t width, const T* q, int64_t ldq, float* s) {
-    const int64_t panel = b_panel_size<T>(p_.D);
-    if (shared_) return multiply<T>(rows, width, p_.D, q, ldq, k_ + from / kNR * panel, panel, s, kBlockKeys);
-    for (int64_t n = 0; n < width; n += kSlab) {
-      const int64_t count = imin(kSlab, width - n);
-      const Rows<T> k = key_rows(p_, pair_, false, first_ + from + n, count, gather_);
-      for (int64_t i = 0; i < count; i += kLanes) {
-        fetch(kLanes * 3 / 4);
-        pack_b_col_vector(k.p + i * k.stride, k.stride, p_.D, imin(kLanes, count - i),
-                          k_ + i / kNR * panel + i % kNR * kK<T>);
-      }
-      for (int64_t d = 0; d < p_.D; d += kPiece) {
-        fetch(kLanes / 4);
-        gemm_block<T>(rows, count, imin(kPiece, p_.D - d), q + d, ldq, kK<T>, k_ + d * kNR, kNR * kK<T>, panel, s + n,
-                      kBlockKeys, d > 0);
-      }
-    }
-  }
-
-  // o (rows x Dv) = P V, P (rows x width).
-  FOLDSCAN_INLINE void mix(int64_t rows, int64_t from, int64_t width, const T* prob, float* o) {
-    if (shared_)
-      return multiply<T>(rows, p_.Dv, width, prob, kBlockKeys, v_ + from * kNR, b_panel_size<T>(count_), o, p_.Dv);
-    for (int64_t n = 0; n < width; n += kSlab / 2) {
-      const int64_t count = imin(kSlab / 2, width - n);
-      const Rows<T> v = key_rows(p_, pair_, true, first_ + from + n, count, gather_);
-      fetch(kSlab / 2);
-      if (sizeof(T) == 4 && p_.Dv % kLanes == 0) {
-        gemm_block<T>(rows, p_.Dv, count, prob + n, kBlockKeys, kK<T>, v.p, v.stride, kNR, o, p_.Dv, n > 0);
-      } else {
-        pack_b_rows(v.p, v.stride, count, p_.Dv, v_);
-        gemm_block<T>(rows, p_.Dv, count, prob + n, kBlockKeys, kK<T>, v_, kNR * kK<T>, b_panel_size<T>(count), o,
-                      p_.Dv, n > 0);
-      }
-    }
-  }
-
- private:
-  static constexpr int64_t kSlab = kNR > 64 ? kNR : 64;
-  static constexpr int64_t kPiece = 32;  // of a head, between fetches
-  static constexpr int64_t kLead = 48;   // rows
-
-  // Asks for the next rows: K of the block, V of the block, then the first of what comes after. Little at a time and
-  // all the time: a core can wait for a few dozen cache lines at once, and rows of one head are too far apart for the
-  // hardware to foresee.
-  FOLDSCAN_INLINE void fetch(int64_t rows) {
-    while (rows > 0) {
-      const int64_t segment = next_ / count_, end = segment < 2 ? (segment + 1) * count_ : 2 * count_ + kLead;
-      const Pair& pair = segment < 2 ? pair_ : after_.pair;
-      const int64_t key = next_ - segment * count_ + (segment < 2 ? first_ : after_.first);
-      if (next_ >= end || key >= pair.Lk) return;
-      const bool values = segment == 1;
-      int64_t run;
-      const T* row = key_row<T>(p_, pair, values, key, run);
-      const int64_t stride = values ? p_.v_row : p_.k_row, dim = values ? p_.Dv : p_.D;
-      const int64_t count = imin(imin(rows, run), end - next_);
-      for (int64_t j = 0; j < count; ++j)
-        for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T)))
-          __builtin_prefetch(row + j * stride + d, 0, 2);
-      next_ += count;
-      rows -= count;
-    }
-  }
-
-  const Problem& p_;
-  const Pair& pair_;
-  const bool shared_;
-  T *const gather_, *const k_, *const v_;
-  int64_t first_ = 0, count_ = 0, next_ = 0;
-  Next after_{};
-};
 
 // One row of scores, keys [lo, hi) of `width` visible: probabilities relative to the row's maximum (in units of log2),
 // zero elsewhere up to a full vector. s and prob may be the same memory.
@@ -338,7 +226,7 @@ void run_unit(const Forward& f, const Units::Unit& u) {
     clear_state(p, imin(kTileRows, u.rows - t * kTileRows), state_at(states + t * floats, kTileRows));
   const State fresh = state_at(scratch.get<float>(floats), kTileRows);
   const TileScratch<T> tile = new_tile<T>(scratch);
-  Block<T> kv(p, u.pair, tiles > 1, scratch);
+  Block<T> kv(p, u.pair, u.rows, scratch);
   for (int64_t b = u.block0; b < u.block1; ++b) {
     const int64_t block = b * kBlockKeys;
     const Keys all = keys_in_block(p, u.pair, u.first, u.rows, block, kBlockKeys);
@@ -395,7 +283,7 @@ void run_split(const Forward& f, const Units& units, int64_t s0, int64_t s1, int
     const int64_t ldq = round_up(p.D, kK<T>);
     T* q = scratch.get<T>(u.rows * ldq);
     load_queries(p, u, q, ldq);
-    Block<T> kv(p, u.pair, false, scratch);
+    Block<T> kv(p, u.pair, u.rows, scratch);
     kv.open(block + keys.lo, keys.hi - keys.lo, {units[next.unit].pair, next.block * kBlockKeys});
     block_state(p, u.pair, u.first, u.rows, q, ldq, block, keys, keys.lo, kv, new_tile<T>(scratch), out);
   });
