@@ -120,6 +120,12 @@ struct VP {
     }
     return load(t);
   }
+  static FOLDSCAN_INLINE void zip(const bf16* a, const bf16* b, VP& low, VP& high) {
+    const __m256i x = load(a).v, y = load(b).v;
+    const __m256i l = _mm256_unpacklo_epi16(x, y), h = _mm256_unpackhi_epi16(x, y);
+    low = {_mm256_permute2x128_si256(l, h, 0x20)};
+    high = {_mm256_permute2x128_si256(l, h, 0x31)};
+  }
   FOLDSCAN_INLINE void store(bf16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 };
 

@@ -107,6 +107,15 @@ struct VP {
     const __m512i hi = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, b));
     return {_mm512_or_si512(lo, _mm512_slli_epi32(hi, 16))};
   }
+  // Pairs (a[i], b[i]) for i < 2 kLanes.
+  static FOLDSCAN_INLINE void zip(const bf16* a, const bf16* b, VP& low, VP& high) {
+    const __m512i first =
+        _mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    const __m512i index = _mm512_or_si512(first, _mm512_slli_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(32)), 16));
+    const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+    low = {_mm512_permutex2var_epi16(x, index, y)};
+    high = {_mm512_permutex2var_epi16(x, _mm512_add_epi16(index, _mm512_set1_epi16(16)), y)};
+  }
   FOLDSCAN_INLINE void store(bf16* p) const { _mm512_storeu_si512(p, v); }
 };
 

@@ -122,6 +122,10 @@ struct VP {
     }
     return load(t);
   }
+  static FOLDSCAN_INLINE void zip(const bf16* a, const bf16* b, VP& low, VP& high) {
+    low = interleave(a, b, kLanes);
+    high = interleave(a + kLanes, b + kLanes, kLanes);
+  }
   FOLDSCAN_INLINE void store(bf16* p) const { std::memcpy(p, &v, 16); }
 };
 
