@@ -25,6 +25,7 @@ from foldscan.ops.pruning import (
     linear_2_4,
     sparsity_mask_2_4,
 )
+from foldscan.ops.rotary import rotary_embedding
 from foldscan.ops.selective_scan import selective_scan_fn
 from foldscan.ops.ssm_conv import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
 from foldscan.ops.ssm_extend import ScanCache, mamba_chunk_scan_extend
@@ -63,6 +64,7 @@ __all__ = [
     "moe_mlp",
     "permute",
     "rmsnorm_fn",
+    "rotary_embedding",
     "router_z_loss",
     "selective_scan_fn",
     "selective_state_update",
