@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/memory.h"
 #include "core/types.h"
 
 namespace foldscan::bindings {
@@ -36,7 +37,9 @@ inline DType dtype_of(const Tensor& t) {
 inline ScalarType scalar_of(DType t) { return t == DType::kF32 ? ScalarType::Float : ScalarType::BFloat16; }
 
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
+  Tensor t = torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
+  advise_large_pages(t.data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
+  return t;
 }
 inline Tensor empty(std::initializer_list<int64_t> sizes, DType dtype) { return empty(sizes, scalar_of(dtype)); }
 

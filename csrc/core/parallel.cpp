@@ -8,6 +8,8 @@
 #include <thread>
 #include <vector>
 
+#include "core/memory.h"
+
 namespace foldscan {
 namespace {
 
@@ -145,6 +147,7 @@ struct Arena {
   }
   void add(int64_t size) {
     blocks.push_back({static_cast<char*>(::operator new(static_cast<size_t>(size), std::align_val_t{kAlign})), size});
+    advise_large_pages(blocks.back().data, size);
   }
 };
 

@@ -54,49 +54,71 @@ def chunk_scan(
     dt_softplus: bool,
     dt_limit: tuple[float, float],
     chunk: int = CHUNK,
+    passing: str = "loop",
 ) -> torch.Tensor:
-    """Chunked SSD in batched matrix products (arXiv:2405.21060, listing 1), with masks for packed sequences."""
+    """Chunked SSD in batched matrix products (arXiv:2405.21060, listing 1), with masks for packed sequences.
+
+    The heads of a group share B and C: their states and carried outputs are one product per chunk and group, without
+    a copy of B or C per head. ``passing`` carries the states from chunk to chunk by a "loop", or by one "matmul" with
+    the decays between all pairs of chunks (for torch.compile, which unrolls loops).
+    """
     batch, length, heads, P = x.shape
     groups, N = B.shape[2:]
+    per_group = heads // groups
     pad = -length % chunk
     delta = F.pad(time_steps(dt, dt_bias, dt_softplus, dt_limit), (0, 0, 0, pad))
     ids = _sequence_ids(batch, length, seq_idx, cu_seqlens)
+    packed = ids is not None
     if ids is None:
         ids = x.new_zeros(batch, length, dtype=torch.int32)
     ids = F.pad(ids, (0, pad), mode="constant", value=-7)
 
     def chunks(t: torch.Tensor) -> torch.Tensor:
-        return F.pad(t, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, chunk))
+        return F.pad(t, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, chunk)).transpose(2, 3)
 
-    xc, Bc, Cc = chunks(x), chunks(B), chunks(C)
-    dc, ic = delta.unflatten(1, (-1, chunk)), ids.unflatten(1, (-1, chunk))  # (b, c, q, H), (b, c, q)
-    cum = torch.cumsum(dc * A.float(), 2).transpose(2, 3)  # (b, c, H, q)
-    same = ic[:, :, :, None] == ic[:, :, None, :]
-    allowed = same & torch.ones(chunk, chunk, dtype=torch.bool).tril()
-    decay = torch.exp((cum[..., :, None] - cum[..., None, :]).masked_fill(~allowed[:, :, None], -torch.inf))
-    gram = torch.einsum("bclgn,bcsgn->bcgls", Cc, Bc).repeat_interleave(heads // groups, 2)
-    weights = (gram * decay * dc.transpose(2, 3)[..., None, :]).to(x.dtype)
-    y = torch.einsum("bchls,bcshp->bclhp", weights, xc)
+    xc, Bc, Cc = chunks(x), chunks(B), chunks(C)  # (b, c, H, q, P), (b, c, G, q, N) twice
+    dc, ic = delta.unflatten(1, (-1, chunk)).transpose(2, 3), ids.unflatten(1, (-1, chunk))  # (b, c, H, q), (b, c, q)
+    cum = torch.cumsum(dc * A.float()[:, None], 3)
+    allowed = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
+    if packed:
+        allowed = allowed & (ic[:, :, None, :, None] == ic[:, :, None, None, :])
+    decay = torch.exp((cum[..., :, None] - cum[..., None, :]).masked_fill(~allowed, -torch.inf))
+    gram = Cc @ Bc.transpose(3, 4)  # (b, c, G, q, q)
+    weights = gram[:, :, :, None] * (decay * dc[..., None, :]).unflatten(2, (groups, per_group))
+    y = weights.flatten(2, 3).to(x.dtype) @ xc
+
     # States that leave each chunk, then the recurrence over chunks.
-    ends = ic == ic[:, :, -1:]
-    to_end = torch.exp(cum[..., -1:] - cum).transpose(2, 3) * dc * ends[..., None]
-    Bh = Bc.repeat_interleave(heads // groups, 3)
-    local = torch.einsum("bcshn,bcshp->bchpn", Bh.float(), xc.float() * to_end[..., None])
-    keep = torch.exp(cum[..., -1]) * (ic[:, :, 0] == ic[:, :, -1])[..., None]
-    state = local.new_zeros(batch, heads, P, N)
-    previous = ic[:, 0, 0]
-    incoming, carried = [], []
-    for c in range(local.shape[1]):
-        incoming.append(state)
-        carried.append(ic[:, c] == previous[:, None])
-        connected = (ic[:, c, 0] == previous)[:, None]
-        state = (keep[:, c] * connected)[..., None, None] * state + local[:, c]
-        previous = ic[:, c, -1]
-    S = torch.stack(incoming, 1)
-    from_start = torch.exp(cum).transpose(2, 3) * torch.stack(carried, 1)[..., None]
-    Ch = Cc.repeat_interleave(heads // groups, 3)
-    y = y + torch.einsum("bclhn,bchpn->bclhp", Ch.float(), S) * from_start[..., None]
-    y = y.flatten(1, 2)[:, :length]
+    to_end = torch.exp(cum[..., -1:] - cum) * dc
+    if packed:
+        to_end = to_end * (ic == ic[:, :, -1:])[:, :, None]
+    weighted = (xc * to_end[..., None]).to(x.dtype).unflatten(2, (groups, per_group)).transpose(3, 4).flatten(4)
+    local = (Bc.transpose(3, 4) @ weighted).float()  # (b, c, G, N, heads of the group * P)
+    total = cum[..., -1]
+    if passing == "matmul" and not packed:
+        before = F.pad(torch.cumsum(total, 1), (0, 0, 1, 0)).transpose(1, 2)  # (b, H, c + 1): decay before each chunk
+        pairs = before[:, :, :-1, None] - before[:, :, None, 1:]
+        later = torch.ones(pairs.shape[-2:], dtype=torch.bool, device=x.device).tril(-1)
+        between = torch.exp(pairs.masked_fill(~later, -torch.inf))  # (b, H, c, c)
+        by_head = local.unflatten(4, (per_group, P)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(3)
+        S = (between @ by_head).unflatten(3, (N, P)).unflatten(1, (groups, per_group)).permute(0, 3, 1, 4, 2, 5)
+        S = S.flatten(4)
+    else:
+        keep = torch.exp(total) * (ic[:, :, 0] == ic[:, :, -1])[..., None]
+        previous = ic[:, 0, 0]
+        state, incoming, carried = torch.zeros_like(local[:, 0]), [], []
+        for c in range(local.shape[1]):
+            incoming.append(state)
+            carried.append(ic[:, c] == previous[:, None])
+            connected = (ic[:, c, 0] == previous)[:, None]
+            factor = (keep[:, c] * connected).unflatten(1, (groups, per_group))[..., None].expand(-1, -1, -1, P)
+            state = factor.flatten(2)[:, :, None] * state + local[:, c]
+            previous = ic[:, c, -1]
+        S = torch.stack(incoming, 1)
+    from_start = torch.exp(cum)
+    if packed:
+        from_start = from_start * torch.stack(carried, 1)[:, :, None]
+    inter = (Cc @ S.to(x.dtype)).unflatten(4, (per_group, P)).transpose(3, 4).flatten(2, 3)  # (b, c, H, q, P)
+    y = (y + inter * from_start[..., None]).transpose(2, 3).flatten(1, 2)[:, :length]
     if D is not None:
         y = y + (D if D.dim() == 2 else D[:, None]) * x
     return (y if z is None else y * F.silu(z)).to(x.dtype)

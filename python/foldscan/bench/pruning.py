@@ -1,0 +1,7 @@
+"""Cases of pruned layers."""
+
+from __future__ import annotations
+
+from foldscan.bench.case import Case
+
+CASES: list[Case] = []
