@@ -286,6 +286,31 @@ def test_static_cache(family: str) -> None:
     assert torch.equal(run(), before)
 
 
+@torch.no_grad()
+def test_caches_that_grow_in_place_are_cropped_and_shared() -> None:
+    """Two shallow copies of a cache go on with different tokens, one is cropped; neither sees the other's."""
+    model = build("mixtral")
+
+    def run() -> list[torch.Tensor]:
+        cache = model(IDS[:1, :20], use_cache=True).past_key_values
+        found = [model(IDS[:1, 20:21], past_key_values=cache).logits]
+        twin = copy.copy(cache)
+        twin.layers = [copy.copy(layer) for layer in cache.layers]
+        for token in (21, 22, 23):
+            found.append(model(IDS[:1, token : token + 1], past_key_values=cache).logits)
+            found.append(model(IDS[1:, token : token + 1], past_key_values=twin).logits)
+        cache.crop(-2)
+        found.append(model(IDS[1:, 30:33], past_key_values=cache).logits)
+        found.append(model(IDS[:1, 30:31], past_key_values=copy.deepcopy(cache)).logits)
+        found.append(model(IDS[:1, 31:32], past_key_values=cache).logits)
+        return found
+
+    before = run()
+    accelerate(model)
+    for after, want in zip(run(), before, strict=True):
+        close(after, want)
+
+
 def test_beam_search_reorders_caches() -> None:
     model = build("nemotron_h")
 

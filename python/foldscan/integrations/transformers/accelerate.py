@@ -48,7 +48,7 @@ _LINEAR = _Change(layers.linear, "ops.linear", _weight_here)
 _NORM = _Change(layers.rmsnorm, "ops.rmsnorm_fn", _weight_here)
 _GATED_NORM = _Change(layers.gated_rmsnorm, "ops.rmsnorm_fn", _weight_here)
 _MLP = _Change(layers.mlp, "ops.moe_mlp with one expert")
-_ATTENTION = _Change(attention.rotary_attention, "ops.rotary_embedding", attention.covers_rotary)
+_ATTENTION = _Change(attention.layer, "ops.rotary_embedding, a cache that grows in place", attention.covers)
 _SOFTMAX_ROUTER = _Change(experts.softmax_router, "ops.topk_route", _weight_here)
 _MIXER = _Change(mamba2.mixer, "ops.mamba_chunk_scan_combined, selective_state_update, causal_conv1d", mamba2.covers)
 
@@ -65,6 +65,7 @@ CHANGES: dict[str, dict[str, _Change]] = {
         "NemotronHRMSNormGated": _GATED_NORM,
         "NemotronHRMSNorm": _NORM,
         "NemotronHMLP": _MLP,
+        "NemotronHAttention": _ATTENTION,
         "NemotronHTopkRouter": _Change(experts.sigmoid_router, "ops.topk_route", _groups_here),
     },
     "bamba": {

@@ -1,4 +1,4 @@
-"""Attention for transformers' registry: `mask` beside `attention_forward`, and layers with a fused rotary embedding.
+"""Attention for transformers' registry: `mask` beside `attention_forward`, and whole layers.
 
 A transformers model makes one mask for all its layers and hands it to each. `mask` makes what ``sdpa`` would get (None
 where ``is_causal`` says it all), looks once whether it is "causal, from some first key of each row on, within some
@@ -17,7 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from foldscan import ops
-from foldscan.integrations.transformers.swap import fallback, runs_here
+from foldscan.integrations.transformers.cache import append
+from foldscan.integrations.transformers.swap import fallback, runs_here, wants_gradient
 from foldscan.ops.attention import MAX_HEAD_DIM
 
 NAME = "foldscan"
@@ -123,7 +124,7 @@ def attention_forward(
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     window = (-1, -1) if pattern.window is None else (pattern.window - 1, 0)
     if not any(pattern.first):
-        if batch > 1 and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
+        if batch > 1 and not wants_gradient(q, k, v):
             return _paged(q, k, v, scaling, window), None
         return ops.flash_attn_func(q, k, v, softmax_scale=scaling, causal=True, window_size=window), None
     rows = []
@@ -169,19 +170,20 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     """x (B, L, H, D); cos, sin (1 or B, L, 2 r) with both halves alike, as transformers makes them."""
     batch, length = x.shape[:2]
     half = cos.shape[-1] // 2
-    rows = torch.arange(length, dtype=torch.int32)
-    rows = rows.repeat(batch) if cos.shape[0] == 1 else torch.arange(batch * length, dtype=torch.int32)
+    rows = torch.arange(cos.shape[0] * length, dtype=torch.int32)
+    if cos.shape[0] < batch:
+        rows = rows.repeat(batch)
     tables = (t[..., :half].reshape(-1, half) for t in (cos, sin))
     return ops.rotary_embedding(x.flatten(0, 1), *tables, rows).view(x.shape)
 
 
-def covers_rotary(module: Any) -> str | None:
-    """None where `rotary_attention` computes this layer, else why not."""
+def covers(module: Any) -> str | None:
+    """None where `layer` computes this layer, else why not."""
     chosen = module.config._attn_implementation
     return None if chosen in ("sdpa", NAME) else f"attention implementation {chosen} was chosen"
 
 
-def rotary_attention(
+def layer(
     self: Any,
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -189,20 +191,16 @@ def rotary_attention(
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """An attention layer of the Llama kind whose queries and keys are rotated in one pass each."""
+    """An attention layer of the Llama kind: queries and keys rotated in one pass each, the cache extended in place."""
     if (
-        position_embeddings is None
-        or self.config._attn_implementation != NAME
+        self.config._attn_implementation != NAME
         or torch.compiler.is_compiling()
         or not runs_here(hidden_states)
     ):
+        if position_embeddings is not None:
+            kwargs["position_embeddings"] = position_embeddings
         return fallback(
-            self,
-            hidden_states,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
+            self, hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
         )
     batch, length, _ = hidden_states.shape
     q, k, v = (p(hidden_states).view(batch, length, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -210,11 +208,11 @@ def rotary_attention(
         q, k = self.q_norm(q), self.k_norm(k)
     if hasattr(self, "key_multiplier"):
         k = k * self.key_multiplier
-    cos, sin = position_embeddings
-    q, k = _rotate(q, cos, sin).transpose(1, 2), _rotate(k, cos, sin).transpose(1, 2)
-    v = v.transpose(1, 2)
+    if position_embeddings is not None:
+        q, k = _rotate(q, *position_embeddings), _rotate(k, *position_embeddings)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if past_key_values is not None:
-        k, v = past_key_values.update(k, v, self.layer_idx)
+        k, v = append(past_key_values, self.layer_idx, k, v)
     dropout = self.attention_dropout if self.training else 0.0
     out, _ = attention_forward(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
     return self.o_proj(out.reshape(batch, length, -1)), None

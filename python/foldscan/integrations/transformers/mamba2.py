@@ -117,18 +117,18 @@ def _step(
     C: torch.Tensor,
     z: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One token: the state is updated in place."""
+    """One token: the state is updated in place. What a head shares is made fp32 before it is expanded, not after."""
     P, N = self.head_dim, self.ssm_state_size
     y = ops.selective_state_update(
         state,
         x[:, 0],
-        dt.transpose(1, 2).expand(-1, -1, P),
+        dt[:, 0, :, None].float().expand(-1, -1, P),
         A[:, None, None].expand(-1, P, N),
         B[:, 0],
         C[:, 0],
-        self.D[:, None].expand(-1, P),
+        self.D[:, None].float().expand(-1, P),
         z=None if z is None else z[:, 0],
-        dt_bias=self.dt_bias[:, None].expand(-1, P),
+        dt_bias=self.dt_bias[:, None].float().expand(-1, P),
         dt_softplus=True,
     )
     return y[:, None]
