@@ -49,7 +49,7 @@ lint: setup
 	git ls-files '*.cpp' '*.h' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(VENV)/bin/mypy
 	$(PY) scripts/check_floors.py
-	$(PY) benchmarks/table.py --check
+	$(PY) benchmarks/plot.py --check
 
 format: setup
 	$(VENV)/bin/ruff check --fix .

@@ -87,6 +87,7 @@ SHAPES = [
     (1, 65, 3, 56, 3, 7),
     (1, 130, 4, 64, 1, 33),
     (1, 97, 5, 5, 1, 32),
+    (1, 70, 20, 8, 2, 9),  # blocks of five heads: one more than lie side by side
 ]
 
 

@@ -180,7 +180,6 @@ void run_chunk(const Task<T>& k, int64_t c, int64_t chunks) {
   for (int64_t i = 0; i < kChunk * kChunk; i += kLanes) VF::zero().store(m_sum + i);
   float* db = scratch.get<float>(q * ld_n);
   float* dc = scratch.get<float>(q * ld_n);
-  float* w = scratch.get<float>(kChunk * kChunk);
   float* wt = scratch.get<float>(kChunk * kChunk);
   float* dxt = scratch.get<float>(kChunk * kChunk);  // [s][l] = dY_l . X_s, then E^T
   T* scores = scratch.get<T>(kChunk * kChunk);       // [s][l] = (C_l . B_s) w
@@ -197,9 +196,8 @@ void run_chunk(const Task<T>& k, int64_t c, int64_t chunks) {
     const T* state = k.states + (j * chunks + c) * size;
     float* grad_state = k.grad_state + j * size;
     load_delta(in, in.dt + t * H, H, h, q, d->delta);
-    fill_decay(in.A[h], 0, q, *d, w);
-    transpose_copy(w, kChunk, q, q, wt, kChunk, true);
-    for (int64_t s = 0; s < q; ++s) end_weight[s] = w[(q - 1) * kChunk + s];
+    fill_decay_columns(in.A[h], q, *d, wt);
+    for (int64_t s = 0; s < q; ++s) end_weight[s] = wt[s * kChunk + q - 1];
 
     // X and dY (through the gate) in fp32, zero in the padding of P.
     const T* x = static_cast<const T*>(in.x) + t * in.x_stride + h * P;
@@ -224,37 +222,40 @@ void run_chunk(const Task<T>& k, int64_t c, int64_t chunks) {
     const Rows<T> dy_decayed{for_dc.rows_of(place, ld), for_dc.ld};
     scale_rows(dy, ld, q, P, d->from_start, for_dc.rows_of(place, ld), for_dc.ld, ld);
     T* packed_dyt = inner.get<T>(b_packed_size<T>(P, q));  // rows p, columns l
-    T* packed_dy = inner.get<T>(b_packed_size<T>(q, P));   // rows l, columns p
     pack_b_cols(dy_rows.p, dy_rows.ld, P, q, packed_dyt);
-    pack_b_rows(dy_rows.p, dy_rows.ld, q, P, packed_dy);
+    RowsOperand<T> dy_op;  // rows l, columns p
+    if constexpr (sizeof(T) == 4) {
+      dy_op = rows_operand<T>(dy, ld, q, P, inner);
+    } else {
+      dy_op = rows_operand<T>(dy_rows.p, dy_rows.ld, q, P, inner);
+    }
 
     product(q, q, P, x_rows, packed_dyt, dxt, kChunk, false);
     for (int64_t s = 0; s < q; ++s) {
       const VF delta = VF::set(d->delta[s]);
       for (int64_t l = 0; l < kChunk; l += kLanes) {
-        const VF keep = VF::load(wt + s * kChunk + l);  // zero for l < s; beyond q nothing was written
-        const VM valid = (VF::zero() < keep) & (VF::iota() < VF::set(static_cast<float>(q - l)));
+        const VF keep = VF::load(wt + s * kChunk + l);  // zero for l < s and beyond q
+        const VM valid = VF::zero() < keep;             // elsewhere the products may not have been written
         const VF cb = select(valid, VF::load(cbt + s * kChunk + l), VF::zero());
         const VF gram = select(valid, VF::load(dxt + s * kChunk + l), VF::zero());
-        const VF decay = select(valid, keep, VF::zero());
-        const VF m = gram * decay * delta;
+        const VF m = gram * keep * delta;
         (VF::load(m_sum + s * kChunk + l) + m).store(m_sum + s * kChunk + l);
-        (cb * decay).store(scores + s * kChunk + l);
+        (cb * keep).store(scores + s * kChunk + l);
         (m * cb).store(dxt + s * kChunk + l);
       }
     }
 
     // br = scores dY + end_weight (B G^T);  S C for v.
-    const auto g_op = state_operand<T>(grad_state, ld, N, P, inner);
+    const auto g_op = rows_operand<T>(grad_state, ld, N, P, inner);
     gemm_block<T>(q, P, N, B.p, B.ld, kK<T>, g_op.p, g_op.ldb, g_op.panel, gb, ld, false);
-    const auto s_op = state_operand<T>(state, ld, N, P, inner);
+    const auto s_op = rows_operand<T>(state, ld, N, P, inner);
     gemm_block<T>(q, P, N, C.p, C.ld, kK<T>, s_op.p, s_op.ldb, s_op.panel, sc, ld, false);
     for (int64_t s = 0; s < q; s += 4 * kMR)  // row s has nothing before l = s
-      gemm_block<T>(imin(4 * kMR, q - s), P, q - s, scores + s * kChunk + s, kChunk, kK<T>, packed_dy + s * kNR,
-                    kNR * kK<T>, b_panel_size<T>(q), br + s * ld, ld, false);
+      gemm_block<T>(imin(4 * kMR, q - s), P, q - s, scores + s * kChunk + s, kChunk, kK<T>, dy_op.from(s), dy_op.ldb,
+                    dy_op.panel, br + s * ld, ld, false);
 
     T* dx = static_cast<T*>(p.dx) + (t * H + h) * P;
-    float direct[kChunk];
+    alignas(64) float direct[kChunk];
     for (int64_t s = 0; s < q; ++s) {
       const VF end = VF::set(end_weight[s]), delta = VF::set(d->delta[s]);
       VF sum_direct = VF::zero(), sum_u = VF::zero(), sum_v = VF::zero();
@@ -286,7 +287,7 @@ void run_chunk(const Task<T>& k, int64_t c, int64_t chunks) {
       for (int64_t l = 0; l < q; ++l)
         for (int64_t s = 0; s < kChunk; ++s) {
           const bool on = s <= l;
-          forward[l * kChunk + s] = from_float<T>(on ? cbt[s * kChunk + l] * w[l * kChunk + s] * d->delta[s] : 0.0f);
+          forward[l * kChunk + s] = from_float<T>(on ? cbt[s * kChunk + l] * wt[s * kChunk + l] * d->delta[s] : 0.0f);
         }
       T* packed_x = inner.get<T>(b_packed_size<T>(q, P));
       pack_b_rows(x, in.x_stride, q, P, packed_x);
@@ -310,20 +311,22 @@ void run_chunk(const Task<T>& k, int64_t c, int64_t chunks) {
     pack_b_cols(grad_state, ld, ld, N, for_db.states_of(place, ld), for_db.panel);
     const float tail = d->total * dot_then_scale(grad_state, state, size, d->total);
     decay_gradient(dxt, v, u, tail, q, grad_log);
-    float dA = 0.0f, dbias = 0.0f;
-    for (int64_t s = 0; s < q; ++s) {
-      dA = dA + d->delta[s] * grad_log[s];
-      float g = direct[s] + in.A[h] * grad_log[s];
-      const float raw = in.dt[(t + s) * H + h] + (in.dt_bias ? in.dt_bias[h] : 0.0f);
-      float slope[kLanes], value[kLanes];
-      vsigmoid(VF::set(raw)).store(slope);
-      vsoftplus(VF::set(raw)).store(value);
-      const float before_clamp = in.softplus ? value[0] : raw;
-      if (!(before_clamp > in.dt_min && before_clamp < in.dt_max)) g = 0.0f;
-      if (in.softplus) g *= slope[0];
-      p.ddt[(t + s) * H + h] = g;
-      dbias += g;
+    alignas(64) float raw[kChunk] = {}, ddt[kChunk];
+    for (int64_t s = 0; s < q; ++s) raw[s] = in.dt[(t + s) * H + h] + (in.dt_bias ? in.dt_bias[h] : 0.0f);
+    for (int64_t s = q; s < kChunk; ++s) direct[s] = grad_log[s] = 0.0f;
+    VF sum_dA = VF::zero(), sum_ddt = VF::zero();
+    for (int64_t i = 0; i < kChunk; i += kLanes) {
+      const VF change = VF::load(grad_log + i), dt = VF::load(raw + i);
+      sum_dA = fma(VF::load(d->delta + i), change, sum_dA);
+      VF g = fma(VF::set(in.A[h]), change, VF::load(direct + i));
+      const VF before_clamp = in.softplus ? vsoftplus(dt) : dt;
+      const VM free = (VF::set(in.dt_min) < before_clamp) & (before_clamp < VF::set(in.dt_max));
+      g = select(free, in.softplus ? g * vsigmoid(dt) : g, VF::zero());
+      g.store(ddt + i);
+      sum_ddt = sum_ddt + g;
     }
+    const float dA = reduce_add(sum_dA), dbias = reduce_add(sum_ddt);
+    for (int64_t s = 0; s < q; ++s) p.ddt[(t + s) * H + h] = ddt[s];
     k.dA_sum[j] += dA;
     k.dbias_sum[j] += dbias;
 
@@ -336,9 +339,8 @@ void run_chunk(const Task<T>& k, int64_t c, int64_t chunks) {
     }
 
     // G_prev.
-    T* packed_decayed = inner.get<T>(b_packed_size<T>(q, P));
-    pack_b_rows(dy_decayed.p, dy_decayed.ld, q, P, packed_decayed);
-    product(N, P, q, Rows<T>{c_columns, kChunk}, packed_decayed, grad_state, ld, true);
+    const auto decayed = rows_operand<T>(dy_decayed.p, dy_decayed.ld, q, P, inner);
+    gemm_block<T>(N, P, q, c_columns, kChunk, kK<T>, decayed.p, decayed.ldb, decayed.panel, grad_state, ld, true);
   }
 
   // Once for the block: dB += M^T C, dC += M B with M summed over the heads.

@@ -88,6 +88,32 @@ FOLDSCAN_INLINE void fill_decay(float A, int64_t r0, int64_t q, Decay& d, float*
   for (int64_t v = 0; v < kVecs; ++v) (row[v] * VF::load(d.delta + v * kLanes)).store(d.to_end + v * kLanes);
 }
 
+// The same for the backward pass, which wants the columns: wt[s][l] = w[l][s] for l < kChunk, zero beyond q. Rows by
+// recursion over s, from the last.
+FOLDSCAN_INLINE void fill_decay_columns(float A, int64_t q, Decay& d, float* wt) {
+  for (int64_t i = 0; i < kChunk; i += kLanes) vexp(VF::load(d.delta + i) * VF::set(A)).store(d.step + i);
+  float p = 1.0f;
+  for (int64_t l = 0; l < q; ++l) {
+    p *= d.step[l];
+    if (p < kTiny) p = 0.0f;
+    d.from_start[l] = p;
+  }
+  d.total = p;
+  VF row[kVecs];
+  for (auto& r : row) r = VF::zero();
+  const VF tiny = VF::set(kTiny), one = VF::set(1.0f);
+  for (int64_t s = q - 1; s >= 0; --s) {
+    const VF e = VF::set(s + 1 < q ? d.step[s + 1] : 0.0f), at = VF::set(static_cast<float>(s));
+    for (int64_t v = 0; v < kVecs; ++v) {
+      const VF next = row[v] * e;
+      const VF lane = VF::iota() + VF::set(static_cast<float>(v * kLanes));
+      row[v] = select(lane == at, one, select(next < tiny, VF::zero(), next));
+      row[v].store(wt + s * kChunk + v * kLanes);
+    }
+    d.to_end[s] = wt[s * kChunk + q - 1] * d.delta[s];
+  }
+}
+
 // What all heads of a group share in a chunk.
 template <class T>
 struct GroupChunk {
@@ -114,20 +140,21 @@ FOLDSCAN_INLINE GroupChunk<T> group_chunk(Rows<T> B, Rows<T> C, int64_t r0, int6
   return g;
 }
 
-// state (N, ld) as the B operand of a product over N: fp32 as it lies, bf16 packed from either.
+// K rows of N as the B operand of a product: fp32 as they lie (readable up to a multiple of kLanes), bf16 packed.
 template <class T>
-struct StateOperand {
+struct RowsOperand {
   const T* p;
   int64_t ldb, panel;
+  FOLDSCAN_INLINE const T* from(int64_t k) const { return p + k / kK<T> * ldb; }
 };
 template <class T, class S>
-FOLDSCAN_INLINE StateOperand<T> state_operand(const S* state, int64_t ld, int64_t N, int64_t P, Scratch& scratch) {
+FOLDSCAN_INLINE RowsOperand<T> rows_operand(const S* rows, int64_t ld, int64_t K, int64_t N, Scratch& scratch) {
   if constexpr (sizeof(T) == 4) {
-    return {state, ld, kNR};
+    return {rows, ld, kNR};
   } else {
-    bf16* packed = scratch.get<bf16>(b_packed_size<bf16>(N, P));
-    pack_b_rows(state, ld, N, P, packed);
-    return {packed, 2 * kNR, b_panel_size<bf16>(N)};
+    bf16* packed = scratch.get<bf16>(b_packed_size<bf16>(K, N));
+    pack_b_rows(rows, ld, K, N, packed);
+    return {packed, 2 * kNR, b_panel_size<bf16>(K)};
   }
 }
 
@@ -144,7 +171,7 @@ FOLDSCAN_INLINE void chunk_output(const GroupChunk<T>& g, Rows<T> C, const T* x,
     for (int64_t n = 0; n < ld_c; n += kLanes)
       store_upto(load_upto(C.p + i * C.ld + n, N - n) * p, decayed_c + i * ld_c + n, ld_c - n);
   }
-  const auto s = state_operand<T>(state, ld_state, N, P, scratch);
+  const auto s = rows_operand<T>(state, ld_state, N, P, scratch);
   gemm_block<T>(rows, P, N, decayed_c, ld_c, kK<T>, s.p, s.ldb, s.panel, y, ld_y, false);
 
   T* scores = scratch.get<T>(rows * kChunk);
@@ -175,9 +202,8 @@ FOLDSCAN_INLINE void add_tokens(const GroupChunk<T>& g, const T* x, int64_t x_st
     for (int64_t i = 0; i < ld_state; i += kLanes)
       (load_upto(x + s * x_stride + i, P - i) * weight).store(weighted + s * ld_state + i);
   }
-  T* packed = scratch.get<T>(b_packed_size<T>(q, P));
-  pack_b_rows(weighted, ld_state, q, P, packed);
-  gemm_block<T>(N, P, q, g.b_columns, kChunk, kK<T>, packed, kNR * kK<T>, b_panel_size<T>(q), state, ld_state, true);
+  const auto tokens = rows_operand<T>(weighted, ld_state, q, P, scratch);
+  gemm_block<T>(N, P, q, g.b_columns, kChunk, kK<T>, tokens.p, tokens.ldb, tokens.panel, state, ld_state, true);
 }
 
 // state (N, ld_state) -> the state after the chunk's q tokens.

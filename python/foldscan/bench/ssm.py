@@ -157,7 +157,7 @@ CASES = [
         _scan,
         _scan_flops,
         _scan_bytes,
-        backward_flops=3.6,
+        backward_flops=2048 / 576,  # (HP (14 N + 4 Q) + 4 G N Q) over the forward's HP (4 N + Q) + G N Q, at N = 128
         headline=2,
     ),
     Case(

@@ -158,6 +158,13 @@ def generate(arguments: argparse.Namespace) -> None:
     print()
 
 
+def bench(arguments: argparse.Namespace) -> None:
+    """``foldscan bench``."""
+    from foldscan.bench.driver import run
+
+    run(arguments)
+
+
 def demo(arguments: argparse.Namespace) -> None:
     """``foldscan demo``."""
     from foldscan.demo import run_demo

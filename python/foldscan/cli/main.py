@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from foldscan.bench.options import add_arguments as add_bench_arguments
 from foldscan.cli import commands
 
 # Threads that wait should sleep, not spin: on a shared machine spinning costs the others, and us, several times the
@@ -73,6 +74,10 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--raw", action="store_true", help="do not wrap the prompt as a chat message")
     _json_flag(generate)
     generate.set_defaults(run=commands.generate)
+
+    bench = subs.add_parser("bench", help="time the operators beside their peers; one JSON line a row")
+    add_bench_arguments(bench)
+    bench.set_defaults(run=commands.bench)
 
     demo = subs.add_parser("demo", help="train a small hybrid model on real text and write a report")
     demo.add_argument("--corpus", default="stdlib", help="stdlib (no download) or english; default: %(default)s")

@@ -1,0 +1,201 @@
+"""Tables and plots from the JSON lines under benchmarks/results.
+
+python benchmarks/plot.py            rewrite the sections between the markers, and docs/images/*.png
+python benchmarks/plot.py --check    exit 1 if a table is not what the results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
+OURS = "foldscan"
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+
+Case = dict[str, dict[str, Any]]  # rows of one case by implementation
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """Measured rows of a results file; none where it does not exist."""
+    path = RESULTS / name
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
+    return [r for r in rows if "missing" not in r]
+
+
+def by_case(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], Case]:
+    """Rows grouped by op, shape, dtype and mode, in the file's order."""
+    cases: dict[tuple[Any, ...], Case] = {}
+    for row in rows:
+        key = (row["op"], tuple(row["shape"].items()), row["dtype"], row["mode"])
+        cases.setdefault(key, {})[row["impl"]] = row
+    return {key: impls for key, impls in cases.items() if OURS in impls}
+
+
+def ratios(impls: Case) -> dict[str, float]:
+    """How many times slower than ours each peer is, for the same work."""
+    ours = impls[OURS]
+    return {
+        name: row["p50_ms"] / row["work"] / (ours["p50_ms"] / ours["work"])
+        for name, row in impls.items()
+        if name != OURS
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line a case: our median, the roofline fraction, and how many times slower each peer was in the same run."""
+    if not rows:
+        return "No results."
+    first = rows[0]
+    memory = any(r.get("extra_mb") is not None for r in rows)
+    lines = [
+        f"{first['device']}, {first['threads']} threads, {first['isa']}, PyTorch {first['versions']['torch']}, "
+        f"transformers {first['versions']['transformers']}; medians of interleaved calls (`foldscan bench`, file "
+        "`benchmarks/results/cpu.jsonl`). The roofline is the larger of FLOPs / peak and bytes / copy bandwidth, both "
+        "measured in the same run.",
+        "",
+        "| op | shape | dtype | mode | ours, ms | of roofline | peers, times slower |" + (" extra MB |" if memory else ""),
+        "|---|---|---|---|---|---|---|" + ("---|" if memory else ""),
+    ]
+    for (op, shape, dtype, mode), impls in by_case(rows).items():
+        ours = impls[OURS]
+        peers = ", ".join(
+            f"{name}{' (' + impls[name]['way'] + ')' if impls[name]['way'] else ''} {ratio:.2g}x"
+            for name, ratio in ratios(impls).items()
+        )
+        sizes = " ".join(f"{k}={v}" for k, v in shape)
+        line = f"| {op} | {sizes} | {SHORT[dtype]} | {mode} | {ours['p50_ms']:.3g} | {ours['roofline']:.0%} | {peers} |"
+        if memory:
+            extra = [impls[n].get("extra_mb") for n in impls]
+            line += " " + " / ".join("-" if e is None else f"{e:.0f}" for e in extra) + " |"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def models_table() -> str:
+    """Whole models: tokens per second, ours beside the peers."""
+    rows = read("models.jsonl")
+    if not rows:
+        return "No results."
+    lines = ["| model | dtype | phase | implementation | tokens/s | times plain peer |", "|---|---|---|---|---|---|"]
+    return "\n".join(lines + [models_line(r) for r in rows])
+
+
+def models_line(row: dict[str, Any]) -> str:
+    ratio = row.get("ratio")
+    return (
+        f"| {row['op']} | {SHORT[row['dtype']]} | {row['mode']} | {row['impl']} | {row['tokens_s']:.1f} | "
+        f"{'' if ratio is None else f'{ratio:.2f}'} |"
+    )
+
+
+def rewrite(page: Path, marker: str, text: str, check: bool) -> bool:
+    """Puts the text between the page's markers; True if it was something else."""
+    begin, end = f"<!-- {marker}: begin -->", f"<!-- {marker}: end -->"
+    old = page.read_text()
+    new = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", old, flags=re.S)
+    if begin not in old:
+        raise SystemExit(f"{page}: no marker {begin}")
+    if new != old and not check:
+        page.write_text(new)
+    return new != old
+
+
+def draw_ratios(rows: list[dict[str, Any]]) -> None:
+    """A bar a case: the best peer's time over ours."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = {k: v for k, v in by_case(rows).items() if len(v) > 1 and v[OURS]["headline"]}
+    labels, heights, colours, names = [], [], [], []
+    for (op, shape, dtype, mode), impls in cases.items():
+        best = min(ratios(impls).items(), key=lambda item: item[1])
+        labels.append(f"{op} {'·'.join(str(v) for _, v in shape)} {SHORT[dtype]} {mode}")
+        heights.append(best[1])
+        names.append(best[0])
+        colours.append("#c44e52" if best[1] < 1 else "#4c72b0" if dtype == "float32" else "#55a868")
+    figure, axes = plt.subplots(figsize=(10, 0.26 * len(labels) + 1))
+    places = range(len(labels))
+    axes.barh(places, heights, color=colours, log=True, left=0)
+    for i, (height, name) in enumerate(zip(heights, names)):
+        axes.text(height * 1.03, i, f"{height:.2g}x  {name}", va="center", fontsize=7)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(list(places), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlim(0.5, max(heights) * 4)
+    axes.set_xlabel("time of the fastest peer / ours (1 = equal; red: the peer is faster)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(IMAGES / "ratios.png", dpi=110)
+    plt.close(figure)
+
+
+def draw_roofline(rows: list[dict[str, Any]]) -> None:
+    """Every case as a point under the machine's roof."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    for axes, (dtype, short) in zip(panels, SHORT.items()):
+        ours = [r for r in rows if r["impl"] == OURS and r["dtype"] == dtype]
+        if not ours:
+            continue
+        peak = sorted(r["peak_gflops"] for r in ours)[len(ours) // 2]
+        copy = sorted(r["copy_gbytes_s"] for r in ours)[len(ours) // 2]
+        xs = [2.0**e for e in range(-4, 13)]
+        axes.plot(xs, [min(peak, copy * x) for x in xs], color="black", linewidth=1)
+        ops = list(dict.fromkeys(r["op"] for r in ours))
+        for i, op in enumerate(ops):
+            chosen = [r for r in ours if r["op"] == op]
+            axes.scatter(
+                [r["intensity"] for r in chosen],
+                [r["gflops"] for r in chosen],
+                s=16,
+                label=op,
+                color=plt.get_cmap("tab20")(i % 20),
+                marker="os^D"[i // 20 % 4],
+            )
+        axes.set(xscale="log", yscale="log", xlabel="FLOP per compulsory byte", title=f"{short}: {peak:.0f} GF/s, {copy:.0f} GB/s")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("GFLOP/s")
+    panels[1].legend(fontsize=6, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(IMAGES / "roofline.png", dpi=110)
+    plt.close(figure)
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(math.log(v) for v in values) / len(values)) if values else float("nan")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    rows = read("cpu.jsonl")
+    pages = [
+        (ROOT / "README.md", "benchmarks", table([r for r in rows if r["headline"]])),
+        (ROOT / "docs" / "benchmarks.md", "operators", table(rows)),
+    ]
+    stale = [page.name for page, marker, text in pages if rewrite(page, marker, text, options.check)]
+    if not options.check:
+        IMAGES.mkdir(exist_ok=True)
+        draw_ratios(rows)
+        draw_roofline(rows)
+    print(f"{'stale' if options.check else 'rewritten'}: {stale or 'nothing'}")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
