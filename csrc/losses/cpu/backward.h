@@ -41,9 +41,11 @@ void pack_panel(const Row& row, int64_t K, int64_t width, T* d) {
   }
 }
 
-// dh (n, H) += dlogits (n, cols) W[v .. v + cols), group by group.
+// dh (n, H) += dlogits (n, cols) W[v .. v + cols), group by group. For bf16 an odd number of columns is followed by a
+// column of zeros in dlogits.
 template <class T>
 void accumulate_dhidden(const Head& head, int64_t n, int64_t v, int64_t cols, const T* dlogits, int64_t ld, float* dh) {
+  constexpr int64_t step = kKL1 * kK<T>;
   const int64_t H = head.H, blocks = ceil_div(H, kGradCols);
   int64_t chunk = kChunkRows;
   while (chunk > kMC && ceil_div(n, chunk) * blocks < 2 * num_threads()) chunk /= 2;
@@ -53,14 +55,15 @@ void accumulate_dhidden(const Head& head, int64_t n, int64_t v, int64_t cols, co
     const int64_t h = task % blocks * kGradCols, width = imin(kGradCols, H - h);
     Scratch scratch;
     T* panels = scratch.get<T>(b_packed_size<T>(kVocabGroup, kGradCols));
-    T* a = scratch.get<T>(kMC * (kKC + 2));
     float* c = scratch.get<float>(kMC * kGradCols);
     for (int64_t g = 0; g < cols; g += kVocabGroup) {
       const int64_t K = imin(kVocabGroup, cols - g);
       pack_weight(head, (v + g) * head.weight_stride + h, head.weight_stride, 1, K, width, panels);
       for (int64_t r = r0; r < r0 + count; r += kMC) {
         const int64_t m = imin(kMC, r0 + count - r);
-        block_product<T>(r, m, width, K, StridedRows<T, T>{dlogits + g, ld, 1}, panels, a, c, kGradCols);
+        for (int64_t k = 0; k < K; k += step)
+          gemm_block<T>(m, width, imin(step, K - k), dlogits + r * ld + g + k, ld, kK<T>, panels + k * kNR, kNR * kK<T>,
+                        b_panel_size<T>(K), c, kGradCols, k > 0);
         for (int64_t i = 0; i < m; ++i)
           for (int64_t j = 0; j < width; j += kLanes) {
             float* d = dh + (r + i) * H + h + j;
@@ -158,7 +161,11 @@ void head_gradient(const Head& head, const HeadGradient& grad, const int64_t* ro
     const int64_t cols = imin(wave, V - v);
     parallel_for(ceil_div(cols, kVocabBlock) * chunks, 1, [&](int64_t task) {
       const int64_t c = task / chunks * kVocabBlock, r = task % chunks * kChunkRows;
-      fill(r, imin(kChunkRows, n - r), v + c, imin(kVocabBlock, cols - c), dlogits + r * ld + c, ld);
+      const int64_t count = imin(kChunkRows, n - r), width = imin(kVocabBlock, cols - c);
+      T* to = dlogits + r * ld + c;
+      fill(r, count, v + c, width, to, ld);
+      if (width % 2 == 1)
+        for (int64_t i = 0; i < count; ++i) to[i * ld + width] = from_float<T>(0.0f);
     });
     if (dhidden) accumulate_dhidden<T>(head, n, v, cols, dlogits, ld, grad.dh);
     if (grad.dweight || grad.dbias) store_dweight<T>(head, grad, n, v, cols, dlogits, ld);
