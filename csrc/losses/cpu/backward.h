@@ -22,17 +22,26 @@ using foldscan::losses::kVocabGroup;
 constexpr int64_t kGradCols = kNR >= 128 ? kNR : 128;  // columns of H in a task of steps 2 and 3
 // Long chains lose digits: their rounding errors grow with the length.
 constexpr int64_t kRowGroup = 512;
+static_assert(kMC % kLanes == 0);
 
-// Rows of dlogits or hidden as panels (the layout of pack_b_rows); row(k) points to the first of `width` elements.
-template <class T, class Row>
+// Rows of dlogits or hidden as a panel of kWidth columns (kNR: the layout of pack_b_rows); row(k) points to the first
+// of `width` elements.
+template <class T, int64_t kWidth, class Row>
 void pack_panel(const Row& row, int64_t K, int64_t width, T* d) {
   if constexpr (sizeof(T) == 4) {
-    for (int64_t k = 0; k < K; ++k, d += kNR) copy_row(row(k), width, d, kNR);
+    for (int64_t k = 0; k < K; ++k, d += kWidth) copy_row(row(k), width, d, kWidth);
   } else {
-    for (int64_t k = 0; k < K; k += 2, d += 2 * kNR) {
+    for (int64_t k = 0; k < K; k += 2, d += 2 * kWidth) {
       const T* p = row(k);
       const T* q = k + 1 < K ? row(k + 1) : nullptr;
-      for (int64_t i = 0; i < kNR; i += kLanes) {
+      int64_t i = 0;
+      for (; q && i + 2 * kLanes <= width; i += 2 * kLanes) {
+        VP low, high;
+        VP::zip(p + i, q + i, low, high);
+        low.store(d + 2 * i);
+        high.store(d + 2 * i + 2 * kLanes);
+      }
+      for (; i < kWidth; i += kLanes) {
         const int w = static_cast<int>(imax(0, imin(kLanes, width - i)));
         const int64_t at = w ? i : 0;
         VP::interleave(p + at, q ? q + at : nullptr, w).store(d + 2 * i);
@@ -82,8 +91,8 @@ void store_dweight(const Head& head, const HeadGradient& grad, int64_t n, int64_
   constexpr int64_t step = kKL1 * kK<T>;
   const int64_t H = head.H, panel = b_panel_size<T>(n);
   const T* x = static_cast<const T*>(grad.x_packed);
-  parallel_for(ceil_div(cols, kNR), 1, [&](int64_t task) {
-    const int64_t p = task * kNR, rows = imin(kNR, cols - p);
+  parallel_for(ceil_div(cols, kMC), 1, [&](int64_t task) {
+    const int64_t p = task * kMC, rows = imin(kMC, cols - p);
     if (grad.dbias) {
       for (int64_t j = 0; j < rows; j += kLanes) {
         VF sum = VF::zero();
@@ -93,16 +102,16 @@ void store_dweight(const Head& head, const HeadGradient& grad, int64_t n, int64_
     }
     if (!grad.dweight) return;
     Scratch scratch;
-    T* a = scratch.get<T>(panel);
-    float* c = scratch.get<float>(kNR * kGradCols);
-    float* sum = scratch.get<float>(kNR * kGradCols);
-    pack_panel<T>([&](int64_t r) { return dlogits + r * ld + p; }, n, rows, a);
+    T* a = scratch.get<T>(round_up(n, kK<T>) * kMC);
+    float* c = scratch.get<float>(kMC * kGradCols);
+    float* sum = scratch.get<float>(kMC * kGradCols);
+    pack_panel<T, kMC>([&](int64_t r) { return dlogits + r * ld + p; }, n, rows, a);
     for (int64_t h = 0; h < H; h += kGradCols) {
       const int64_t width = imin(kGradCols, H - h);
       for (int64_t g = 0; g < n; g += kRowGroup) {
         const int64_t end = imin(n, g + kRowGroup);
         for (int64_t k = g; k < end; k += step)
-          gemm_block<T>(rows, width, imin(step, end - k), a + k * kNR, kK<T>, kNR * kK<T>,
+          gemm_block<T>(rows, width, imin(step, end - k), a + k * kMC, kK<T>, kMC * kK<T>,
                         x + h / kNR * panel + k * kNR, kNR * kK<T>, panel, c, kGradCols, k > g);
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t j = i * kGradCols; j < i * kGradCols + width; j += kLanes) {
@@ -149,8 +158,8 @@ void head_gradient(const Head& head, const HeadGradient& grad, const int64_t* ro
     const T* hidden = static_cast<const T*>(head.hidden);
     T* x = static_cast<T*>(grad.x_packed);
     parallel_for(ceil_div(H, kNR), grain_for(n * kNR / 4), [&](int64_t j) {
-      pack_panel<T>([&](int64_t r) { return hidden + rows[r] * head.hidden_stride + j * kNR; }, n,
-                    imin(kNR, H - j * kNR), x + j * b_panel_size<T>(n));
+      pack_panel<T, kNR>([&](int64_t r) { return hidden + rows[r] * head.hidden_stride + j * kNR; }, n,
+                         imin(kNR, H - j * kNR), x + j * b_panel_size<T>(n));
     });
   }
   const int64_t wave = foldscan::losses::wave_columns(N, V, head.type);
