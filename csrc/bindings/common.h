@@ -36,7 +36,10 @@ inline DType dtype_of(const Tensor& t) {
 
 inline ScalarType scalar_of(DType t) { return t == DType::kF32 ? ScalarType::Float : ScalarType::BFloat16; }
 
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype);
+Tensor empty(const int64_t* sizes, size_t dims, ScalarType dtype);
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return empty(sizes.begin(), sizes.size(), dtype);
+}
 inline Tensor empty(std::initializer_list<int64_t> sizes, DType dtype) { return empty(sizes, scalar_of(dtype)); }
 
 // A dense tensor of the expected type.

@@ -60,6 +60,7 @@ struct VF {
     const __m256i i = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(127));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(i, 23))};
   }
+  FOLDSCAN_INLINE VF times_exp2(VF n) const { return *this * n.exp2_int(); }
   FOLDSCAN_INLINE VF exponent() const {
     const __m256i e = _mm256_srli_epi32(_mm256_castps_si256(v), 23);
     return {_mm256_cvtepi32_ps(_mm256_sub_epi32(e, _mm256_set1_epi32(127)))};

@@ -50,6 +50,8 @@ struct VF {
     const __m512i i = _mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(127));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(i, 23))};
   }
+  // This times 2^n for integral n in [-126, 127].
+  FOLDSCAN_INLINE VF times_exp2(VF n) const { return {_mm512_scalef_ps(v, n.v)}; }
   // x = mantissa * 2^exponent with mantissa in [1, 2), for positive normal x.
   FOLDSCAN_INLINE VF exponent() const {
     const __m512i e = _mm512_srli_epi32(_mm512_castps_si512(v), 23);
