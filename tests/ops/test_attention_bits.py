@@ -84,6 +84,50 @@ def test_a_row_alone_has_the_bits_it_has_among_others(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 4, 64), (6, 2, 40), (17, 1, 32), (4, 4, 128)])
+def test_keys_read_in_place_give_the_bits_of_packed_ones(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> None:
+    """Several tiles of rows share a packed block; few rows read the keys where they lie, in the cache too."""
+    length = 700
+    q, k, v = tensors(length, length, heads, kv_heads, dim, dtype)
+    full = varlen([q, k, v], [length], [length], causal=True)
+    rows = [0, 1, 255, 256, 319, 320, 600, 699]
+    one_each = varlen(
+        [q[rows], torch.cat([k[: i + 1] for i in rows]), torch.cat([v[: i + 1] for i in rows])],
+        [1] * len(rows),
+        [i + 1 for i in rows],
+        causal=True,
+    )
+    assert torch.equal(full[rows], one_each)
+    for page_size in (64, 128, 50):
+        pages = -(-length // page_size)
+        table = torch.randperm(pages).int()[None]
+        caches = []
+        for t in (k, v):
+            cache = torch.full((pages, page_size, kv_heads, dim), float("nan"), dtype=dtype)
+            padded = torch.cat([t, t.new_full((pages * page_size - length, kv_heads, dim), float("nan"))])
+            cache[table[0].long()] = padded.view(pages, page_size, kv_heads, dim)
+            caches.append(cache)
+        for i in rows:
+            paged = varlen([q[i : i + 1], *caches], [1], [i + 1], causal=True, block_table=table)
+            assert torch.equal(full[i : i + 1], paged), (page_size, i)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_sequences_decode_in_waves_with_the_bits_of_one(dtype: torch.dtype) -> None:
+    # 60 sequences of up to 3000 keys, 4 heads of 200: the states of their blocks do not fit one wave.
+    lengths = [1 + (7 * i * i) % 3000 for i in range(60)]
+    q, k, v = tensors(60, max(lengths), 8, 4, 200, dtype)
+    caches = [t.view(1, -1, *t.shape[1:]) for t in (k, v)]
+    table = torch.zeros(60, 1, dtype=torch.int32)
+    out = varlen([q, *caches], [1] * 60, lengths, block_table=table)
+    for i in (0, 17, 59):
+        n = lengths[i]
+        assert torch.equal(out[i : i + 1], varlen([q[i : i + 1], k[:n], v[:n]], [1], [n])), i
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_keys_out_of_sight_do_not_matter(dtype: torch.dtype) -> None:
     q, k, v = tensors(300, 700, 2, 1, 32, dtype)
     options = {"window_size": (200, 50)}
@@ -138,3 +182,16 @@ def test_permuting_the_keys_or_splitting_and_merging_them_changes_nothing_but_ro
         assert relative_rmse(merged, whole) < 1e-6 and relative_rmse(merged_lse, lse) < 1e-6
         for got, truth in zip(torch.autograd.grad(merged, leaves, torch.ones_like(q)), want):
             assert relative_rmse(got, truth) < 5e-6
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 5, 17, 32, 55, 97, 133])
+def test_any_number_of_parts_merges_to_the_whole(splits: int) -> None:
+    q, k, v = tensors(9, 300, 4, 2, 16, torch.float32)
+    whole, lse = varlen([q, k, v], [9], [300], return_lse=True)
+    out, out_lse = torch.zeros_like(whole), torch.full_like(lse, float("-inf"))
+    for part_k, part_v in zip(k.tensor_split(splits), v.tensor_split(splits)):
+        part, part_lse = varlen([q, part_k, part_v], [9], [len(part_k)], return_lse=True)
+        wide = torch.randn(4, 9, 2)  # a partial result that is a view
+        wide[..., 0] = part_lse
+        out, out_lse = ops.merge_attention(out, out_lse, part, wide[..., 0])
+    assert relative_rmse(out, whole) < 2e-6 and relative_rmse(out_lse, lse) < 1e-6

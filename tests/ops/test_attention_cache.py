@@ -82,8 +82,8 @@ def rotated(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("layout", ["dense", "batch_idx", "paged"])
-def test_with_kvcache(layout: str, causal: bool, interleaved: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("layout", ["dense", "batch_idx", 1, 4, 8, 128])
+def test_with_kvcache(layout: str | int, causal: bool, interleaved: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     batch, new, heads, kv_heads, dim, r, capacity = 3, 4, 4, 2, 20, 6, 48
     lengths = torch.tensor([0, 17, 44]).int()
@@ -92,12 +92,14 @@ def test_with_kvcache(layout: str, causal: bool, interleaved: bool, dtype: torch
     cos, sin = angle.cos(), angle.sin()
     history = [torch.randn(batch, capacity, kv_heads, dim).to(dtype) for _ in range(2)]
     kwargs: dict[str, object] = {}
-    if layout == "paged":
-        caches = list(paged(3 * 6 + 2, 8, kv_heads, dim, dtype))
-        table = torch.randperm(20)[:18].int().view(3, 6)
+    if isinstance(layout, int):  # the size of a page
+        pages = -(-capacity // layout)
+        caches = list(paged(3 * pages + 2, layout, kv_heads, dim, dtype))
+        table = torch.randperm(3 * pages + 2)[: 3 * pages].int().view(3, pages)
         for cache, old in zip(caches, history):
             for b in range(batch):
-                cache[table[b].long()] = old[b].view(6, 8, kv_heads, dim)
+                padded = torch.nn.functional.pad(old[b], (0, 0, 0, 0, 0, pages * layout - capacity))
+                cache[table[b].long()] = padded.view(pages, layout, kv_heads, dim)
         kwargs["block_table"] = table
         where = [cache_rows(caches, table[b]) for b in range(batch)]
     else:
@@ -129,6 +131,18 @@ def test_with_kvcache(layout: str, causal: bool, interleaved: bool, dtype: torch
 
 def cache_rows(caches: list[torch.Tensor], pages: torch.Tensor) -> object:
     return lambda: [c[pages.long()].flatten(0, 1) for c in caches]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_long_cache(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, h, 64).to(dtype) for n, h in ((1, 6), (20000, 2), (20000, 2)))
+    out, lse = ops.flash_attn_with_kvcache(q, k, v, cache_seqlens=torch.tensor([20000, 19807]).int(), return_lse=True)
+    for b, n in ((0, 20000), (1, 19807)):
+        one = (t[b : b + 1, :n].double() for t in (k, v))
+        want, want_lse = ops.flash_attn_func(q[b : b + 1].double(), *one, return_lse=True)
+        assert relative_rmse(out[b], want[0]) < (1e-6 if dtype == torch.float32 else 6e-3)
+        assert relative_rmse(lse[b], want_lse[0]) < 1e-6
 
 
 def test_with_kvcache_without_new_keys_and_defaults() -> None:

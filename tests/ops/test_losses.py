@@ -78,6 +78,26 @@ def test_token_stats_and_joint_gradient(
     assert_close_to_truth(ours, oracle, (hidden, weight, bias), torch.randn(4, N))
 
 
+# Shapes of the public suites, narrower where width adds nothing: vocabularies below, at and beyond the block (192, 668,
+# 1128), powers of two and real ones (32256, 128256, 262144), odd numbers of rows.
+VOCABULARIES = [(7, 40, 192), (13, 40, 668), (13, 40, 1128), (5, 24, 32768), (3, 24, 128256), (2, 24, 262144)]
+ROWS = [(1937, 35, 1520), (217, 90, 15193), (153, 205, 3225)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "H", "V"), VOCABULARIES + ROWS)
+def test_shapes_of_public_suites(N: int, H: int, V: int, dtype: torch.dtype) -> None:
+    hidden, weight, _, targets = problem(N, H, V, dtype, seed=5)
+
+    def ours(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.stack(ops.linear_logprob(h, w, targets, temperature=1.5)[:2])
+
+    def oracle(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return stats_oracle(h, w, None, targets, temperature=1.5)[:2]
+
+    assert_close_to_truth(ours, oracle, (hidden, weight), torch.randn(2, N))
+
+
 @pytest.mark.parametrize("index", [0, 1, 2, 3])
 def test_each_statistic_has_its_own_gradient(index: int) -> None:
     hidden, weight, bias, targets = problem(11, 9, 600, torch.float32, seed=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -74,3 +75,36 @@ def test_gradient_near_convergence_keeps_its_digits(direction: Any, dtype: torch
     got = run(lambda h, w, t: ops.linear_kl_div(h, w, t, w, direction=direction, reduction="none"), dtype)
     # bf16: dlogits are rounded once as operands and the result once.
     assert relative_rmse(got, truth) < (1e-3 if dtype == torch.float32 else 6e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+def test_distributions_that_share_no_mass(direction: Any, dtype: torch.dtype) -> None:
+    # Logits that differ by hundreds: one pass carries a weighted sum along with a maximum that keeps growing.
+    hidden, weight, _, _ = problem(9, 12, 1500, dtype)
+    teacher = problem(9, 12, 1500, dtype, seed=8)[:2]
+    hidden, teacher_hidden = hidden * 32, teacher[0] * 32
+
+    def ours(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return ops.linear_kl_div(h, w, teacher_hidden, teacher[1], direction=direction, reduction="none")
+
+    def oracle(h: torch.Tensor) -> torch.Tensor:
+        student = torch.log_softmax(h @ weight.double().T, -1)
+        other = torch.log_softmax(teacher_hidden.double() @ teacher[1].double().T, -1)
+        if direction == "forward":
+            return (other.exp() * (other - student)).sum(-1)
+        if direction == "reverse":
+            return (student.exp() * (student - other)).sum(-1)
+        middle = torch.logaddexp(student, other) - math.log(2)
+        return 0.5 * ((other.exp() * (other - middle)) + student.exp() * (student - middle)).sum(-1)
+
+    truth, got = oracle(hidden.double()), ours(hidden, weight)
+    assert (truth > 0.3).all() and relative_rmse(got, truth) < (1e-5 if dtype == torch.float32 else 3e-3)
+    h = hidden.clone().requires_grad_()
+    ours(h, weight).sum().backward()
+    wide = hidden.double().requires_grad_()
+    oracle(wide).sum().backward()
+    assert h.grad is not None and wide.grad is not None
+    # Where one class has all the mass the true gradient vanishes; rounded probabilities then leave their last digits.
+    error, size = (h.grad.double() - wide.grad).abs().max(), wide.grad.abs().max().clamp(min=0.1)
+    assert error < (1e-4 if dtype == torch.float32 else 8e-3) * size

@@ -3,9 +3,10 @@
 // Algorithm: keys come in blocks of kBlockKeys, anchored at the first key of the sequence. A block is computed on its
 //   own: its maximum m_b, P = 2^(S - m_b) (scores carry the factor log2 e), l_b = sum P, O_b = P V; the states
 //   (m, l, O) are merged in block order (FlashAttention-2, arXiv:2307.08691, section 3.1, with the block's own maximum
-//   instead of the running one). K^T and V of a block are packed once for a unit of several tiles of query rows.
-// Work: units of rows; where these are too few for the threads (decoding), each (unit, block) is a task of its own and
-//   the states are merged afterwards, in the same order.
+//   instead of the running one). Blocks as operands: blocks.h.
+// Work: units of rows. Decoding (few rows a unit), and whenever units are too few for the threads, each (unit, block)
+//   is a task of its own and the states are merged afterwards, in the same order. All heads of a block come one after
+//   another, so that the rows of keys, which interleave the heads, are read page by page.
 // FLOPs: 2 (D + Dv) per visible (query, key) and head. Bytes: q and out once; k and v once per unit.
 // Numerics: fp32 scores, sums and states; P is rounded to bf16 for P V when v is bf16, its sum is not.
 // Determinism: a row's bits depend on its query and its keys only. O_b is one chain over the keys of the block in order

@@ -22,17 +22,26 @@ using foldscan::losses::kVocabGroup;
 constexpr int64_t kGradCols = kNR >= 128 ? kNR : 128;  // columns of H in a task of steps 2 and 3
 // Long chains lose digits: their rounding errors grow with the length.
 constexpr int64_t kRowGroup = 512;
+static_assert(kMC % kLanes == 0);
 
-// Rows of dlogits or hidden as panels (the layout of pack_b_rows); row(k) points to the first of `width` elements.
-template <class T, class Row>
+// Rows of dlogits or hidden as a panel of kWidth columns (kNR: the layout of pack_b_rows); row(k) points to the first
+// of `width` elements.
+template <class T, int64_t kWidth, class Row>
 void pack_panel(const Row& row, int64_t K, int64_t width, T* d) {
   if constexpr (sizeof(T) == 4) {
-    for (int64_t k = 0; k < K; ++k, d += kNR) copy_row(row(k), width, d, kNR);
+    for (int64_t k = 0; k < K; ++k, d += kWidth) copy_row(row(k), width, d, kWidth);
   } else {
-    for (int64_t k = 0; k < K; k += 2, d += 2 * kNR) {
+    for (int64_t k = 0; k < K; k += 2, d += 2 * kWidth) {
       const T* p = row(k);
       const T* q = k + 1 < K ? row(k + 1) : nullptr;
-      for (int64_t i = 0; i < kNR; i += kLanes) {
+      int64_t i = 0;
+      for (; q && i + 2 * kLanes <= width; i += 2 * kLanes) {
+        VP low, high;
+        VP::zip(p + i, q + i, low, high);
+        low.store(d + 2 * i);
+        high.store(d + 2 * i + 2 * kLanes);
+      }
+      for (; i < kWidth; i += kLanes) {
         const int w = static_cast<int>(imax(0, imin(kLanes, width - i)));
         const int64_t at = w ? i : 0;
         VP::interleave(p + at, q ? q + at : nullptr, w).store(d + 2 * i);
@@ -41,9 +50,11 @@ void pack_panel(const Row& row, int64_t K, int64_t width, T* d) {
   }
 }
 
-// dh (n, H) += dlogits (n, cols) W[v .. v + cols), group by group.
+// dh (n, H) += dlogits (n, cols) W[v .. v + cols), group by group. For bf16 an odd number of columns is followed by a
+// column of zeros in dlogits.
 template <class T>
 void accumulate_dhidden(const Head& head, int64_t n, int64_t v, int64_t cols, const T* dlogits, int64_t ld, float* dh) {
+  constexpr int64_t step = kKL1 * kK<T>;
   const int64_t H = head.H, blocks = ceil_div(H, kGradCols);
   int64_t chunk = kChunkRows;
   while (chunk > kMC && ceil_div(n, chunk) * blocks < 2 * num_threads()) chunk /= 2;
@@ -53,14 +64,15 @@ void accumulate_dhidden(const Head& head, int64_t n, int64_t v, int64_t cols, co
     const int64_t h = task % blocks * kGradCols, width = imin(kGradCols, H - h);
     Scratch scratch;
     T* panels = scratch.get<T>(b_packed_size<T>(kVocabGroup, kGradCols));
-    T* a = scratch.get<T>(kMC * (kKC + 2));
     float* c = scratch.get<float>(kMC * kGradCols);
     for (int64_t g = 0; g < cols; g += kVocabGroup) {
       const int64_t K = imin(kVocabGroup, cols - g);
       pack_weight(head, (v + g) * head.weight_stride + h, head.weight_stride, 1, K, width, panels);
       for (int64_t r = r0; r < r0 + count; r += kMC) {
         const int64_t m = imin(kMC, r0 + count - r);
-        block_product<T>(r, m, width, K, StridedRows<T, T>{dlogits + g, ld, 1}, panels, a, c, kGradCols);
+        for (int64_t k = 0; k < K; k += step)
+          gemm_block<T>(m, width, imin(step, K - k), dlogits + r * ld + g + k, ld, kK<T>, panels + k * kNR, kNR * kK<T>,
+                        b_panel_size<T>(K), c, kGradCols, k > 0);
         for (int64_t i = 0; i < m; ++i)
           for (int64_t j = 0; j < width; j += kLanes) {
             float* d = dh + (r + i) * H + h + j;
@@ -79,8 +91,8 @@ void store_dweight(const Head& head, const HeadGradient& grad, int64_t n, int64_
   constexpr int64_t step = kKL1 * kK<T>;
   const int64_t H = head.H, panel = b_panel_size<T>(n);
   const T* x = static_cast<const T*>(grad.x_packed);
-  parallel_for(ceil_div(cols, kNR), 1, [&](int64_t task) {
-    const int64_t p = task * kNR, rows = imin(kNR, cols - p);
+  parallel_for(ceil_div(cols, kMC), 1, [&](int64_t task) {
+    const int64_t p = task * kMC, rows = imin(kMC, cols - p);
     if (grad.dbias) {
       for (int64_t j = 0; j < rows; j += kLanes) {
         VF sum = VF::zero();
@@ -90,16 +102,16 @@ void store_dweight(const Head& head, const HeadGradient& grad, int64_t n, int64_
     }
     if (!grad.dweight) return;
     Scratch scratch;
-    T* a = scratch.get<T>(panel);
-    float* c = scratch.get<float>(kNR * kGradCols);
-    float* sum = scratch.get<float>(kNR * kGradCols);
-    pack_panel<T>([&](int64_t r) { return dlogits + r * ld + p; }, n, rows, a);
+    T* a = scratch.get<T>(round_up(n, kK<T>) * kMC);
+    float* c = scratch.get<float>(kMC * kGradCols);
+    float* sum = scratch.get<float>(kMC * kGradCols);
+    pack_panel<T, kMC>([&](int64_t r) { return dlogits + r * ld + p; }, n, rows, a);
     for (int64_t h = 0; h < H; h += kGradCols) {
       const int64_t width = imin(kGradCols, H - h);
       for (int64_t g = 0; g < n; g += kRowGroup) {
         const int64_t end = imin(n, g + kRowGroup);
         for (int64_t k = g; k < end; k += step)
-          gemm_block<T>(rows, width, imin(step, end - k), a + k * kNR, kK<T>, kNR * kK<T>,
+          gemm_block<T>(rows, width, imin(step, end - k), a + k * kMC, kK<T>, kMC * kK<T>,
                         x + h / kNR * panel + k * kNR, kNR * kK<T>, panel, c, kGradCols, k > g);
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t j = i * kGradCols; j < i * kGradCols + width; j += kLanes) {
@@ -146,8 +158,8 @@ void head_gradient(const Head& head, const HeadGradient& grad, const int64_t* ro
     const T* hidden = static_cast<const T*>(head.hidden);
     T* x = static_cast<T*>(grad.x_packed);
     parallel_for(ceil_div(H, kNR), grain_for(n * kNR / 4), [&](int64_t j) {
-      pack_panel<T>([&](int64_t r) { return hidden + rows[r] * head.hidden_stride + j * kNR; }, n,
-                    imin(kNR, H - j * kNR), x + j * b_panel_size<T>(n));
+      pack_panel<T, kNR>([&](int64_t r) { return hidden + rows[r] * head.hidden_stride + j * kNR; }, n,
+                         imin(kNR, H - j * kNR), x + j * b_panel_size<T>(n));
     });
   }
   const int64_t wave = foldscan::losses::wave_columns(N, V, head.type);
@@ -158,7 +170,11 @@ void head_gradient(const Head& head, const HeadGradient& grad, const int64_t* ro
     const int64_t cols = imin(wave, V - v);
     parallel_for(ceil_div(cols, kVocabBlock) * chunks, 1, [&](int64_t task) {
       const int64_t c = task / chunks * kVocabBlock, r = task % chunks * kChunkRows;
-      fill(r, imin(kChunkRows, n - r), v + c, imin(kVocabBlock, cols - c), dlogits + r * ld + c, ld);
+      const int64_t count = imin(kChunkRows, n - r), width = imin(kVocabBlock, cols - c);
+      T* to = dlogits + r * ld + c;
+      fill(r, count, v + c, width, to, ld);
+      if (width % 2 == 1)
+        for (int64_t i = 0; i < count; ++i) to[i * ld + width] = from_float<T>(0.0f);
     });
     if (dhidden) accumulate_dhidden<T>(head, n, v, cols, dlogits, ld, grad.dh);
     if (grad.dweight || grad.dbias) store_dweight<T>(head, grad, n, v, cols, dlogits, ld);

@@ -157,34 +157,37 @@ void run_kl_backward(const KlBackward& p) {
   const Rows rows = unmasked_rows(p.mask, p.N, scratch);
   const Head* const heads[2] = {&p.student, &p.teacher};
   const Mixture mixture(p.beta);
-  head_gradient<T>(
-      p.student, p.grad, rows.index, rows.n, p.N, p.V,
-      [&](int64_t r0, int64_t count, int64_t v, int64_t cols, T* dst, int64_t ld) {
-        logit_tiles<T, 2>(heads, rows.index, r0, count, v, cols, [&](int64_t r, int64_t m, float* const(&z)[2]) {
-          for (int64_t q = 0; q < m; ++q) {
-            const int64_t i = rows.index[r + q];
-            const VF lse_s = VF::set(p.lse_student[i]), lse_t = VF::set(p.lse_teacher[i]);
-            const VF inner = VF::set(p.inner[i]), g = VF::set(p.dvalue[i]);
-            const VF share = g * VF::set(1.0f - p.beta);
-            for (int64_t j = 0; j < cols; j += kLanes) {
-              const VF x = load_upto(z[0] + q * kVocabBlock + j, cols - j);
-              const VF log_s = vmax(VF::set(kFarBelow), x - lse_s);
-              const VF log_t = vmax(VF::set(kFarBelow), load_upto(z[1] + q * kVocabBlock + j, cols - j) - lse_t);
-              const VF d = log_s - log_t, ps = vexp(log_s);
-              VF dz;
-              if (p.divergence == Divergence::kForward) {
-                const VM less = d < VF::zero();
-                dz = g * select(less, vexp(log_t), -ps) * vexpm1_neg(select(less, d, -d));
-              } else if (p.divergence == Divergence::kReverse) {
-                dz = g * ps * (d - inner);
-              } else {
-                dz = share * ps * (mixture.log_ratio(d) - inner);
-              }
-              store_upto(through_cap(p.student, x, dz), dst + (r - r0 + q) * ld + j, cols - j);
-            }
-          }
-        });
-      });
+  head_gradient<T>(p.student, p.grad, rows.index, rows.n, p.N, p.V,
+                   [&](int64_t r0, int64_t count, int64_t v, int64_t cols, T* dst, int64_t ld) {
+                     logit_tiles<T, 2>(
+                         heads, rows.index, r0, count, v, cols, [&](int64_t r, int64_t m, float* const(&z)[2]) {
+                           for (int64_t q = 0; q < m; ++q) {
+                             const int64_t i = rows.index[r + q];
+                             const VF lse_s = VF::set(p.lse_student[i]), lse_t = VF::set(p.lse_teacher[i]);
+                             const VF inner = VF::set(p.inner[i]), g = VF::set(p.dvalue[i]);
+                             const VF share = g * VF::set(1.0f - p.beta);
+                             for (int64_t j = 0; j < cols; j += kLanes) {
+                               const VF x = load_upto(z[0] + q * kVocabBlock + j, cols - j);
+                               const VF log_s = vmax(VF::set(kFarBelow), x - lse_s);
+                               const VF far_t = load_upto(z[1] + q * kVocabBlock + j, cols - j) - lse_t;
+                               const VF log_t = vmax(VF::set(kFarBelow), far_t);
+                               const VF d = log_s - log_t, ps = vexp(log_s);
+                               VF dz;
+                               if (p.divergence == Divergence::kForward) {
+                                 const VM less = d < VF::zero();
+                                 dz = g * select(less, vexp(log_t), -ps) * vexpm1_neg(select(less, d, -d));
+                               } else if (p.divergence == Divergence::kReverse) {
+                                 // Where the student has mass the teacher may have next to none, and the divergence
+                                 // says how little.
+                                 dz = g * ps * ((log_s - far_t) - inner);
+                               } else {
+                                 dz = share * ps * (mixture.log_ratio(d) - inner);
+                               }
+                               store_upto(through_cap(p.student, x, dz), dst + (r - r0 + q) * ld + j, cols - j);
+                             }
+                           }
+                         });
+                   });
 }
 
 }  // namespace

@@ -105,7 +105,8 @@ void run_stats_backward(const StatsBackward& p) {
                 const VF s = vmax(VF::set(kFarBelow), t) + entropy;
                 f = fma(s, fma(VF::set(w), s, VF::set(slope)), f);
               }
-              const VF dz = fma(vexp(t), f, VF::set(lift));
+              // log p: above 0 by rounding only.
+              const VF dz = fma(vexp_neg(vmin(VF::zero(), t)), f, VF::set(lift));
               store_upto(through_cap(head, x, dz), out + j, cols - j);
             }
             const int64_t y = p.targets[i] - v;

@@ -14,7 +14,7 @@ namespace foldscan::FOLDSCAN_ISA::losses {
 
 using foldscan::losses::Head;
 
-constexpr int64_t kVocabBlock = 256;
+constexpr int64_t kVocabBlock = 512;
 constexpr int64_t kChunkRows = 8 * kMC;
 static_assert(kVocabBlock % kNR == 0 && foldscan::losses::kVocabGroup % kVocabBlock == 0);
 
