@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from foldscan.models import HybridLM
-from foldscan.nn import MLP, AttentionCache, CacheStep, MambaCache, MoE, Packing
+from foldscan.models.hybrid_lm import block_caches
+from foldscan.nn import MLP, AttentionCache, CacheStep, MoE, Packing
 from foldscan.ops._backend import current_backend
 from foldscan.ops._library import kernels
 from foldscan.ops.linear import packed_linear
 from foldscan.ops.linear_joined import packed_joined
 from foldscan.ops.moe import packed_experts
 
-Cache = AttentionCache | MambaCache | None
 Step = Callable[[torch.Tensor, CacheStep, Any], torch.Tensor]
 """(n, d) hidden states of one token each, the step, the block's cache: what the block adds to the residual stream."""
 
@@ -138,12 +138,12 @@ class _Block:
 class DecodePlan:
     """Steps of one token a sequence for a model whose weights do not change meanwhile.
 
-    Make it inside ``torch.inference_mode()`` or ``no_grad``, and anew when weights have changed.
+    Make it inside ``torch.no_grad()``, and anew when weights have changed.
     """
 
     def __init__(self, model: HybridLM) -> None:
         self.embedding = model.embeddings.weight
-        self.blocks = []
+        self.blocks, self.pattern = [], model.config.pattern
         for block in model.layers:
             make: Any = {"*": _attend, "-": _mlp, "E": _moe}.get(block.kind)
             planned = None if make is None else make(block.mixer)
@@ -166,7 +166,7 @@ class DecodePlan:
     def hidden(self, ids: list[int], at: CacheStep) -> torch.Tensor:
         """(n, d) after the final norm for one new token of each sequence; the cache is extended."""
         x = torch.nn.functional.embedding(torch.tensor(ids), self.embedding)
-        for block, cache in zip(self.blocks, at.cache.layers):
+        for block, cache in zip(self.blocks, block_caches(self.pattern, at.cache)):
             x = x + block.step(block.norm(x), at, cache)
         at.commit()
         return self.norm_f(x)

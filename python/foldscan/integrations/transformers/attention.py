@@ -192,16 +192,10 @@ def layer(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """An attention layer of the Llama kind: queries and keys rotated in one pass each, the cache extended in place."""
-    if (
-        self.config._attn_implementation != NAME
-        or torch.compiler.is_compiling()
-        or not runs_here(hidden_states)
-    ):
+    if self.config._attn_implementation != NAME or torch.compiler.is_compiling() or not runs_here(hidden_states):
         if position_embeddings is not None:
             kwargs["position_embeddings"] = position_embeddings
-        return fallback(
-            self, hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
-        )
+        return fallback(self, hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
     batch, length, _ = hidden_states.shape
     q, k, v = (p(hidden_states).view(batch, length, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
     if hasattr(self, "q_norm"):
