@@ -36,10 +36,9 @@ inline DType dtype_of(const Tensor& t) {
 
 inline ScalarType scalar_of(DType t) { return t == DType::kF32 ? ScalarType::Float : ScalarType::BFloat16; }
 
+Tensor empty(const int64_t* sizes, size_t dims, ScalarType dtype);
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  Tensor t = torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
-  advise_large_pages(t.data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
-  return t;
+  return empty(sizes.begin(), sizes.size(), dtype);
 }
 inline Tensor empty(std::initializer_list<int64_t> sizes, DType dtype) { return empty(sizes, scalar_of(dtype)); }
 

@@ -7,28 +7,30 @@ namespace {
 
 void check_matrix(const Tensor& t) { check(t.dim() == 2 && t.stride(1) == 1, "linear takes matrices with dense rows"); }
 
-linear::Forward forward_params(const Tensor& x, int64_t N, int64_t K, const OptTensor& bias, const Tensor& out) {
-  check_matrix(x);
-  check(x.size(1) == K, "linear: x and weight disagree in K");
+linear::Forward forward_params(const Tensor& x, int64_t M, int64_t N, int64_t K, const OptTensor& bias,
+                               const Tensor& out) {
   check(!bias || bias->numel() == N, "linear: bias has the wrong length");
   return {.x = data(x),
           .weight = nullptr,
           .packed = nullptr,
           .bias = in_f32(bias),
           .out = data(out),
-          .M = x.size(0),
+          .M = M,
           .N = N,
           .K = K,
-          .x_stride = x.stride(0),
+          .x_stride = K,
           .weight_stride = 0,
           .x_type = dtype_of(x),
           .weight_type = dtype_of(x)};
 }
 
 Tensor linear_forward(const Tensor& x, const Tensor& weight, const OptTensor& bias) {
+  check_matrix(x);
   check_matrix(weight);
+  check(x.size(1) == weight.size(1), "linear: x and weight disagree in K");
   Tensor out = empty({x.size(0), weight.size(0)}, x.scalar_type());
-  linear::Forward p = forward_params(x, weight.size(0), weight.size(1), bias, out);
+  linear::Forward p = forward_params(x, x.size(0), weight.size(0), weight.size(1), bias, out);
+  p.x_stride = x.stride(0);
   p.weight = data(weight);
   p.weight_stride = weight.stride(0);
   p.weight_type = dtype_of(weight);
@@ -53,13 +55,22 @@ Tensor linear_pack(const Tensor& weight, bool as_bf16) {
   return packed;
 }
 
+// x of any number of dimensions; only a matrix may have gaps between its rows.
 Tensor linear_packed(const Tensor& x, const Tensor& packed, int64_t N, int64_t K, const OptTensor& bias) {
+  constexpr int64_t kMaxDims = 8;
   check(x.scalar_type() == packed.scalar_type(), "linear: the weight was packed for another dtype");
   int64_t bytes = 0;
   linear::cpu::packed_bytes({.N = N, .K = K, .type = dtype_of(packed), .bytes = &bytes});
   check(bytes == packed.numel() * element_size(dtype_of(packed)), "linear: the packed weight has another shape");
-  Tensor out = empty({x.size(0), N}, x.scalar_type());
-  linear::Forward p = forward_params(x, N, K, bias, out);
+  const int64_t dims = x.dim();
+  check(dims >= 1 && dims <= kMaxDims && x.size(dims - 1) == K, "linear: x and weight disagree in K");
+  check(dims == 2 ? x.stride(1) == 1 : x.is_contiguous(), "linear: x is not dense");
+  int64_t sizes[kMaxDims], M = 1;
+  for (int64_t i = 0; i + 1 < dims; ++i) M *= sizes[i] = x.size(i);
+  sizes[dims - 1] = N;
+  Tensor out = empty(sizes, static_cast<size_t>(dims), x.scalar_type());
+  linear::Forward p = forward_params(x, M, N, K, bias, out);
+  if (dims == 2) p.x_stride = x.stride(0);
   p.packed = data(packed);
   linear::cpu::forward(p);
   return out;

@@ -46,14 +46,25 @@ struct Tile<bf16> {
   static FOLDSCAN_INLINE VF mul_add(A a, B b, VF c) { return dot2(c, a, b); }
 };
 
+// What becomes of C: C = A B; C's values are the start of the chains; the finished chains are added to C.
+enum class Into { kSet, kContinue, kAdd };
+
+// Memory that will be read after this block: a few cache lines of it are asked for every kAheadSteps steps, so that they
+// have arrived in L2 when their turn comes, without ever filling the queues that the multiplication loads through.
+struct Ahead {
+  const char* p = nullptr;
+  int64_t lines = 0;  // every kAheadSteps steps
+};
+constexpr int64_t kAheadSteps = 4;
+
 // steps: K (fp32) or ceil(K / 2) (bf16). tail: valid lanes of the last vector.
 template <class T, int MR, int NV>
 void micro_kernel(int64_t steps, const T* a, int64_t lda, int64_t ak, const T* b, int64_t ldb, float* c, int64_t ldc,
-                  int tail, bool accumulate) {
+                  int tail, Into into, Ahead ahead) {
   using X = Tile<T>;
   constexpr int64_t kVec = kLanes * kK<T>;
   VF acc[MR][NV];
-  if (accumulate) {
+  if (into == Into::kContinue) {
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
@@ -65,7 +76,7 @@ void micro_kernel(int64_t steps, const T* a, int64_t lda, int64_t ak, const T* b
 #pragma GCC unroll 8
       for (int n = 0; n < NV; ++n) acc[m][n] = VF::zero();
   }
-  for (int64_t k = 0; k < steps; ++k) {
+  const auto step = [&]() __attribute__((always_inline)) {
     typename X::B bv[NV];
 #pragma GCC unroll 8
     for (int n = 0; n < NV; ++n) bv[n] = X::load(b + n * kVec);
@@ -77,6 +88,21 @@ void micro_kernel(int64_t steps, const T* a, int64_t lda, int64_t ak, const T* b
     }
     a += ak;
     b += ldb;
+  };
+  int64_t k = 0;
+  for (; k + kAheadSteps <= steps; k += kAheadSteps) {
+    for (int64_t i = 0; i < ahead.lines; ++i, ahead.p += 64) __builtin_prefetch(ahead.p, 0, 2);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kAheadSteps; ++i) step();
+  }
+  for (; k < steps; ++k) step();
+  if (into == Into::kAdd) {
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+      for (int n = 0; n < NV; ++n)
+        acc[m][n] = (n == NV - 1 ? VF::load(c + m * ldc + n * kLanes, tail) : VF::load(c + m * ldc + n * kLanes)) +
+                    acc[m][n];
   }
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
@@ -91,7 +117,7 @@ void micro_kernel(int64_t steps, const T* a, int64_t lda, int64_t ak, const T* b
 }
 
 template <class T>
-using MicroKernel = void (*)(int64_t, const T*, int64_t, int64_t, const T*, int64_t, float*, int64_t, int, bool);
+using MicroKernel = void (*)(int64_t, const T*, int64_t, int64_t, const T*, int64_t, float*, int64_t, int, Into, Ahead);
 
 template <class T, int NV>
 FOLDSCAN_INLINE MicroKernel<T> micro_for_rows(int mr) {
@@ -124,16 +150,17 @@ void gemm_block(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, int64_
                 int64_t panel, float* c, int64_t ldc, bool accumulate) {
   constexpr int MR = kTileMR<T>;
   const int64_t steps = ceil_div(K, kK<T>);
+  const Into into = accumulate ? Into::kContinue : Into::kSet;
   for (int64_t n = 0; n < N; n += kNR, b += panel) {
     const int64_t width = imin(kNR, N - n);
     const int nv = static_cast<int>(ceil_div(width, kLanes));
     const int tail = static_cast<int>(width - (nv - 1) * kLanes);
     const MicroKernel<T> full = micro_for<T>(MR, nv);
     int64_t m = 0;
-    for (; m + MR <= M; m += MR) full(steps, a + m * lda, lda, ak, b, ldb, c + m * ldc + n, ldc, tail, accumulate);
+    for (; m + MR <= M; m += MR) full(steps, a + m * lda, lda, ak, b, ldb, c + m * ldc + n, ldc, tail, into, {});
     if (m < M)
-      micro_for<T>(static_cast<int>(M - m), nv)(steps, a + m * lda, lda, ak, b, ldb, c + m * ldc + n, ldc, tail,
-                                                accumulate);
+      micro_for<T>(static_cast<int>(M - m), nv)(steps, a + m * lda, lda, ak, b, ldb, c + m * ldc + n, ldc, tail, into,
+                                                {});
   }
 }
 

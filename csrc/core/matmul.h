@@ -16,50 +16,123 @@
 namespace foldscan::FOLDSCAN_ISA {
 
 constexpr int64_t kMC = 96;                  // rows of a task: A block 96 x 512 fp32 = 192 KB of L2
-constexpr int64_t kNC = 4 * kNR;             // columns of a task
 constexpr int64_t kKC = 512;                 // K of a block of A, and length of a run
 constexpr int64_t kKL1 = 32768 / (kNR * 4);  // K steps of a panel of B that fits L1
 
-// sum += run, on a tile with rows of kNC.
-FOLDSCAN_INLINE void add_run(const float* run, int64_t rows, int64_t cols, float* sum) {
-  for (int64_t m = 0; m < rows; ++m)
-    for (int64_t n = m * kNC; n < m * kNC + cols; n += kLanes) (VF::load(sum + n) + VF::load(run + n)).store(sum + n);
+// Rows and columns of a task of matmul: its C (fp32) and a run of its A stay in L2, so that a panel of B, which may come
+// from memory, is used for many rows; the panels after it are fetched ahead meanwhile.
+constexpr int64_t kTileRows = 144;
+constexpr int64_t kTileCols = 8 * kNR;
+constexpr int64_t kLoadRows = 48;  // rows of A that are copied at a time: a multiple of the register tiles' rows
+static_assert(kLoadRows % kTileMR<float> == 0 && kLoadRows % kTileMR<bf16> == 0);
+
+// C (rows x cols) = or += A B over one run of K: all row tiles of a panel before the next panel, and meanwhile the panel
+// after it is fetched, `next` after the last. before(n, m) is called before a register tile at (m, n), after(n, m, rows,
+// cols, values) when its values are in C. With `one_tile`, c holds one register tile, which after() has to take away.
+template <class T, class Before, class After>
+FOLDSCAN_INLINE void gemm_run(int64_t rows, int64_t cols, int64_t kc, const T* a, int64_t lda, int64_t ak, const T* b,
+                              int64_t panel, float* c, int64_t ldc, bool one_tile, Into into, const T* next,
+                              const Before& before, const After& after) {
+  constexpr int MR = kTileMR<T>;
+  constexpr int64_t line = 64 / sizeof(T), near = 4096 / sizeof(T);
+  const int64_t steps = ceil_div(kc, kK<T>), fetches = steps / kAheadSteps;
+  const int64_t lines = fetches ? ceil_div(steps * kK<T> * kNR / line, ceil_div(rows, MR) * fetches) : 0;
+  for (int64_t n = 0; n < cols; n += kNR, b += panel) {
+    const int64_t width = imin(kNR, cols - n);
+    const int nv = static_cast<int>(ceil_div(width, kLanes)), tail = static_cast<int>(width - (nv - 1) * kLanes);
+    // A single row tile reads B at the speed of memory: stay close. Otherwise every row tile fetches its part.
+    const T* then = rows <= MR ? b + near : n + kNR < cols ? b + panel : next;
+    Ahead ahead{reinterpret_cast<const char*>(then), then ? lines : 0};
+    for (int64_t m = 0; m < rows; m += MR) {
+      const int count = static_cast<int>(imin(MR, rows - m));
+      float* to = one_tile ? c : c + m * ldc + n;
+      before(n, m);
+      micro_for<T>(count, nv)(steps, a + m * lda, lda, ak, b, kNR * kK<T>, to, ldc, tail, into, ahead);
+      ahead.p += fetches * lines * 64;
+      after(n, m, count, width, to);
+    }
+  }
 }
 
-// One task: C[m0.. m0+rows, n0.. n0+cols). Scratch: c and run kMC * kNC each, a kMC * (kKC + 2).
-template <class T, class LoadA>
-FOLDSCAN_INLINE void matmul_tile(int64_t m0, int64_t rows, int64_t n0, int64_t cols, int64_t K, const LoadA& load_a,
-                                 const T* b, T* a, float* run, float* c) {
-  const int64_t panel = b_panel_size<T>(K);
-  const T* b0 = b + (n0 / kNR) * panel;
-  constexpr int64_t lda = kKC + 2;
-  if (K == 0) gemm_block<T>(rows, cols, 0, a, lda, kK<T>, b0, kNR * kK<T>, panel, c, kNC, false);
-  for (int64_t k = 0; k < K; k += kKC) {
-    const int64_t kc = imin(kKC, K - k);
-    float* to = k == 0 ? c : run;
-    load_a(m0, rows, k, kc, a, lda);
-    for (int64_t s = 0; s < kc; s += kKL1 * kK<T>)
-      gemm_block<T>(rows, cols, imin(kKL1 * kK<T>, kc - s), a + s, lda, kK<T>, b0 + (k + s) * kNR, kNR * kK<T>, panel,
-                    to, kNC, s > 0);
-    if (k > 0) add_run(run, rows, cols, c);
+template <class T>
+FOLDSCAN_INLINE void gemm_run(int64_t rows, int64_t cols, int64_t kc, const T* a, int64_t lda, int64_t ak, const T* b,
+                              int64_t panel, float* c, int64_t ldc, Into into, const T* next) {
+  gemm_run<T>(
+      rows, cols, kc, a, lda, ak, b, panel, c, ldc, false, into, next, [](int64_t, int64_t) {},
+      [](int64_t, int64_t, int64_t, int64_t, const float*) {});
+}
+
+// B in panels, packed ahead of time.
+template <class T>
+struct PackedB {
+  const T* p;
+  int64_t panel;
+  FOLDSCAN_INLINE const T* run(int64_t n, int64_t k) const { return p + n / kNR * panel + k * kNR; }
+  FOLDSCAN_INLINE void prepare(int64_t, int64_t, int64_t, int64_t) const {}
+};
+
+// B[k][n] = p[k * k_stride + n * n_stride], a run of a panel packed when it is needed: for few rows, which would not pay
+// for writing the packed form to memory and reading it again. `own`: b_panel_size<T>(kKC).
+template <class S, class T>
+struct RawB {
+  const S* p;
+  int64_t k_stride, n_stride;
+  T* own = nullptr;
+  static constexpr int64_t panel = 0;
+  FOLDSCAN_INLINE const T* run(int64_t, int64_t) const { return own; }
+  FOLDSCAN_INLINE void prepare(int64_t n, int64_t width, int64_t k, int64_t kc) const {
+    pack_b(p + k * k_stride + n * n_stride, k_stride, n_stride, kc, width, own);
   }
+};
+
+// One task: C[m0.. m0+rows, n0.. n0+cols). a: kTileRows * (kKC + 2), c: kTileRows * kTileCols; next: the panels that
+// this thread will probably read after this task.
+template <class T, class LoadA, class B, class Store>
+FOLDSCAN_INLINE void matmul_tile(int64_t m0, int64_t rows, int64_t n0, int64_t cols, int64_t K, const LoadA& load_a,
+                                 const B& b, T* a, float* c, const T* next, const Store& store) {
+  constexpr int64_t lda = kKC + 2;
+  const int64_t panels = ceil_div(cols, kNR), ldc = K <= kKC ? kNR : kTileCols;
+  int64_t k = 0;
+  do {
+    const int64_t kc = imin(kKC, K - k), part = ceil_div(kKC, panels);
+    const bool last = k + kc == K;
+    gemm_run<T>(
+        rows, cols, kc, a, lda, kK<T>, b.run(n0, k), b.panel, c, ldc, K <= kKC, k > 0 ? Into::kAdd : Into::kSet,
+        last ? next : b.run(n0, k + kKC),
+        [&](int64_t n, int64_t m) {
+          if (m == 0) b.prepare(n0 + n, imin(kNR, cols - n), k, kc);
+          if (n == 0 && m % kLoadRows == 0) load_a(m0 + m, imin(kLoadRows, rows - m), k, kc, a + m * lda, lda);
+          // While a panel is multiplied, a part of the next run of A comes nearer.
+          const int64_t at = k + kKC + n / kNR * part;
+          if (at < K) load_a.ahead(m0 + m, imin(kTileMR<T>, rows - m), at, imin(part, K - at));
+        },
+        [&](int64_t n, int64_t m, int64_t count, int64_t width, const float* values) {
+          if (!last) return;
+          for (int64_t i = 0; i < count; ++i) store(m0 + m + i, n0 + n, values + i * ldc, width);
+        });
+    k += kc;
+  } while (k < K);
+}
+
+// Calls task(first row, rows, first column, columns) for equal tiles, narrower where there would be few of them.
+template <class T, class Task>
+void matmul_tasks(int64_t M, int64_t N, int64_t K, const Task& task) {
+  const int64_t mb = ceil_div(M, kTileRows), mc = round_up(ceil_div(M, imax(mb, 1)), kTileMR<T>);
+  const int64_t nc = M <= kTileMR<T> ? kNR : imax(kNR, imin(kTileCols, mb * N / 32 / kNR * kNR)), nb = ceil_div(N, nc);
+  parallel_for(mb * nb, grain_for(imin(M, mc) * nc * K / 16), [&](int64_t i) {
+    const int64_t m0 = i % mb * mc, n0 = i / mb * nc;
+    Scratch scratch;
+    task(m0, imin(mc, M - m0), n0, imin(nc, N - n0), scratch.get<T>(kTileRows * (kKC + 2)),
+         scratch.get<float>(kTileRows * kTileCols));
+  });
 }
 
 template <class T, class LoadA, class Store>
 void matmul(int64_t M, int64_t N, int64_t K, const LoadA& load_a, const T* packed_b, const Store& store) {
-  const int64_t mb = ceil_div(M, kMC);
-  // Few rows: narrower tasks, so that one row still occupies every thread.
-  const int64_t nc = mb == 1 ? kNR : kNC;
-  const int64_t nb = ceil_div(N, nc);
-  parallel_for(mb * nb, grain_for(imin(M, kMC) * nc * K / 16), [&](int64_t task) {
-    const int64_t m0 = task % mb * kMC, n0 = task / mb * nc;
-    const int64_t rows = imin(kMC, M - m0), cols = imin(nc, N - n0);
-    Scratch scratch;
-    T* a = scratch.get<T>(kMC * (kKC + 2));
-    float* run = scratch.get<float>(kMC * kNC);
-    float* c = scratch.get<float>(kMC * kNC);
-    matmul_tile<T>(m0, rows, n0, cols, K, load_a, packed_b, a, run, c);
-    for (int64_t m = 0; m < rows; ++m) store(m0 + m, n0, c + m * kNC, cols);
+  const PackedB<T> b{packed_b, b_panel_size<T>(K)};
+  matmul_tasks<T>(M, N, K, [&](int64_t m0, int64_t rows, int64_t n0, int64_t cols, T* a, float* c) {
+    const int64_t then = rows < M ? n0 : n0 + round_up(cols, kNR);
+    matmul_tile<T>(m0, rows, n0, cols, K, load_a, b, a, c, then < N ? b.run(then, 0) : nullptr, store);
   });
 }
 
@@ -68,6 +141,21 @@ template <class S, class T>
 void pack_b_parallel(const S* src, int64_t k_stride, int64_t n_stride, int64_t K, int64_t N, T* dst) {
   parallel_for(ceil_div(N, kNR), grain_for(K * kNR / 4), [&](int64_t j) {
     pack_b(src + j * kNR * n_stride, k_stride, n_stride, K, imin(kNR, N - j * kNR), dst + j * b_panel_size<T>(K));
+  });
+}
+
+template <class T, class LoadA, class S, class Store>
+void matmul(int64_t M, int64_t N, int64_t K, const LoadA& load_a, const RawB<S, T>& b, const Store& store) {
+  Scratch scratch;
+  if (M > kTileRows) {
+    T* packed = scratch.get<T>(b_packed_size<T>(K, N));
+    pack_b_parallel(b.p, b.k_stride, b.n_stride, K, N, packed);
+    return matmul<T>(M, N, K, load_a, static_cast<const T*>(packed), store);
+  }
+  matmul_tasks<T>(M, N, K, [&](int64_t m0, int64_t rows, int64_t n0, int64_t cols, T* a, float* c) {
+    Scratch mine;
+    const RawB<S, T> own{b.p, b.k_stride, b.n_stride, mine.get<T>(b_panel_size<T>(kKC))};
+    matmul_tile<T>(m0, rows, n0, cols, K, load_a, own, a, c, nullptr, store);
   });
 }
 
@@ -80,6 +168,10 @@ void column_sums(const T* rows, int64_t M, int64_t N, float* out) {
     for (int64_t m = 0; m < M; ++m) sum = sum + load_upto(rows + m * N + n, N - n);
     store_upto(sum, out + n, N - n);
   });
+}
+
+FOLDSCAN_INLINE void fetch_ahead(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
 }
 
 // load_a for a row-major matrix (k_stride 1) or a transposed one (m_stride 1).
@@ -96,6 +188,11 @@ struct StridedRows {
       if (padded != kc)
         for (int64_t i = 0; i < rows; ++i) dst[i * ld + kc] = from_float<T>(0.0f);
     }
+  }
+  FOLDSCAN_INLINE void ahead(int64_t m, int64_t rows, int64_t k, int64_t count) const {
+    if (k_stride != 1) return;
+    for (int64_t i = 0; i < rows; ++i)
+      fetch_ahead(p + (m + i) * m_stride + k, count * static_cast<int64_t>(sizeof(S)));
   }
 };
 

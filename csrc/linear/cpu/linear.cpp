@@ -25,42 +25,32 @@ void add_bias_store(const float* row, const float* bias, int64_t n, int64_t coun
 // X: type of x, out and the multiplication; W: type of the weight.
 template <class X, class W>
 void run_forward(const Forward& p) {
-  Scratch scratch;
-  const X* packed = static_cast<const X*>(p.packed);
-  if (!packed) {
-    X* own = scratch.get<X>(b_packed_size<X>(p.K, p.N));
-    pack_b_parallel(static_cast<const W*>(p.weight), 1, p.weight_stride, p.K, p.N, own);
-    packed = own;
-  }
   X* out = static_cast<X*>(p.out);
-  matmul<X>(p.M, p.N, p.K, StridedRows<X, X>{static_cast<const X*>(p.x), p.x_stride, 1}, packed,
-            [&](int64_t m, int64_t n, const float* row, int64_t count) {
-              add_bias_store(row, p.bias, n, count, out + m * p.N + n);
-            });
+  const StridedRows<X, X> x{static_cast<const X*>(p.x), p.x_stride, 1};
+  const auto store = [&](int64_t m, int64_t n, const float* row, int64_t count) {
+    add_bias_store(row, p.bias, n, count, out + m * p.N + n);
+  };
+  if (p.packed) {
+    matmul<X>(p.M, p.N, p.K, x, static_cast<const X*>(p.packed), store);
+  } else {
+    matmul<X>(p.M, p.N, p.K, x, RawB<W, X>{static_cast<const W*>(p.weight), 1, p.weight_stride}, store);
+  }
 }
 
 template <class X, class W>
 void run_backward(const Backward& p) {
   const X* dout = static_cast<const X*>(p.dout);
-  if (p.dx) {  // dx (M, K) = dout (M, N) weight (N, K)
-    Scratch scratch;
-    X* packed = scratch.get<X>(b_packed_size<X>(p.N, p.K));
-    pack_b_parallel(static_cast<const W*>(p.weight), p.weight_stride, 1, p.N, p.K, packed);
-    X* dx = static_cast<X*>(p.dx);
-    matmul<X>(
-        p.M, p.K, p.N, StridedRows<X, X>{dout, p.N, 1}, packed,
-        [&](int64_t m, int64_t k, const float* row, int64_t count) { copy_row(row, count, dx + m * p.K + k, count); });
-  }
-  if (p.dweight) {  // dweight (N, K) = dout^T (N, M) x (M, K)
-    Scratch scratch;
-    X* packed = scratch.get<X>(b_packed_size<X>(p.M, p.K));
-    pack_b_parallel(static_cast<const X*>(p.x), p.x_stride, 1, p.M, p.K, packed);
-    W* dweight = static_cast<W*>(p.dweight);
-    matmul<X>(p.N, p.K, p.M, StridedRows<X, X>{dout, 1, p.N}, packed,
-              [&](int64_t n, int64_t k, const float* row, int64_t count) {
-                copy_row(row, count, dweight + n * p.K + k, count);
-              });
-  }
+  const auto store_to = [](auto* out, int64_t ld) {
+    return [out, ld](int64_t m, int64_t n, const float* row, int64_t count) {
+      copy_row(row, count, out + m * ld + n, count);
+    };
+  };
+  if (p.dx)  // (M, K) = dout (M, N) weight (N, K)
+    matmul<X>(p.M, p.K, p.N, StridedRows<X, X>{dout, p.N, 1},
+              RawB<W, X>{static_cast<const W*>(p.weight), p.weight_stride, 1}, store_to(static_cast<X*>(p.dx), p.K));
+  if (p.dweight)  // (N, K) = dout^T (N, M) x (M, K)
+    matmul<X>(p.N, p.K, p.M, StridedRows<X, X>{dout, 1, p.N}, RawB<X, X>{static_cast<const X*>(p.x), p.x_stride, 1},
+              store_to(static_cast<W*>(p.dweight), p.K));
   if (p.dbias) column_sums(dout, p.M, p.N, p.dbias);
 }
 

@@ -10,7 +10,7 @@
 // FLOPs: 2 R F (H + D), R = T k, and as much again for a gate's half; backward twice that. Bytes: the weights of the
 // experts that were hit once; h and the fp32 rows of the down projection once each way.
 // Numerics: fp32 sums of fp32 or bf16 products; h is rounded to the tokens' type as a GEMM operand; the sum over slots
-//   is fp32, rounded once. dp sums columns in blocks of kTaskCols.
+//   is fp32, rounded once. dp sums columns in blocks of kNR.
 // Determinism: see grouped.h. Nothing of a token's result depends on another token.
 #include "core/vmath.h"
 #include "moe/cpu/grouped.h"
@@ -129,7 +129,6 @@ void sum_slots(const float* y, const int64_t* inverse, int64_t tokens, int64_t k
 // up -> activation -> h, for NB = 1 (no gate) or 2 (up, gate).
 template <class T, int NB>
 void project_up(const ExpertForward& p, const Rows& rows) {
-  constexpr int64_t cols_per_task = kTaskCols / NB / kNR > 0 ? kTaskCols / NB / kNR * kNR : kNR;
   const T* tokens = static_cast<const T*>(p.tokens);
   const auto row = [&](int64_t r) { return tokens + rows.ids[r] / p.k * p.H; };
   const Operand<T> up{p.w.up, p.w.type, p.F * p.H, 1, p.H, static_cast<const T*>(p.w.packed_up)};
@@ -137,18 +136,18 @@ void project_up(const ExpertForward& p, const Rows& rows) {
   T* keep_up = static_cast<T*>(p.up);
   T* keep_gate = static_cast<T*>(p.gate);
   T* hidden = static_cast<T*>(p.hidden);
-  for_tiles(rows.starts, p.E, p.F, NB * p.H, cols_per_task,
+  for_tiles(rows.starts, p.E, p.F, NB * p.H, kTaskCols,
             [&](int64_t e, int64_t r0, int64_t count, int64_t n, int64_t cols) {
               Scratch scratch;
               const T* b[NB];
               float* c[NB];
               for (int i = 0; i < NB; ++i) {
                 b[i] = (i ? gate : up).panels(e, n, cols, p.H, p.F, scratch.get<T>(b_packed_size<T>(p.H, cols)));
-                c[i] = scratch.get<float>(kMC * kTaskCols);
+                c[i] = scratch.get<float>(kTileRows * kTaskCols);
               }
-              T* a = scratch.get<T>(kMC * (kKC + 2));
-              for (int64_t r = r0; r < r0 + count; r += kMC) {
-                const int64_t m = imin(kMC, r0 + count - r);
+              T* a = scratch.get<T>(kTileRows * (kKC + 2));
+              for (int64_t r = r0; r < r0 + count; r += kTileRows) {
+                const int64_t m = imin(kTileRows, r0 + count - r);
                 multiply_tile<T, NB>(r, m, cols, p.H, gathered_rows<T>(row), b, a, c, false);
                 with_activation(p.activation, [&](auto activation) {
                   for (int64_t i = 0; i < m; ++i) {
@@ -171,10 +170,10 @@ void project(const Rows& rows, int64_t E, int64_t N, int64_t K, const T* const (
     const T* panels[2] = {};
     for (int i = 0; i < 2; ++i)
       if (a[i]) panels[i] = b[i].panels(e, n, cols, K, N, scratch.get<T>(b_packed_size<T>(K, cols)));
-    T* tile = scratch.get<T>(kMC * (kKC + 2));
-    float* c[1] = {scratch.get<float>(kMC * kTaskCols)};
-    for (int64_t r = r0; r < r0 + count; r += kMC) {
-      const int64_t m = imin(kMC, r0 + count - r);
+    T* tile = scratch.get<T>(kTileRows * (kKC + 2));
+    float* c[1] = {scratch.get<float>(kTileRows * kTaskCols)};
+    for (int64_t r = r0; r < r0 + count; r += kTileRows) {
+      const int64_t m = imin(kTileRows, r0 + count - r);
       for (int i = 0; i < 2; ++i) {
         if (!a[i]) continue;
         const T* base = a[i];
@@ -205,7 +204,7 @@ void run_forward(const ExpertForward& p) {
 template <class T>
 void backward_activation(const ExpertBackward& p, const Rows& rows) {
   Scratch outer;
-  const int64_t blocks = ceil_div(p.F, kTaskCols), R = p.T * p.k;
+  const int64_t blocks = ceil_div(p.F, kNR), R = p.T * p.k;
   float* dp = outer.get<float>(R * blocks);
   const T* dout = static_cast<const T*>(p.dout);
   const auto row = [&](int64_t r) { return dout + rows.ids[r] / p.k * p.D; };
@@ -215,17 +214,21 @@ void backward_activation(const ExpertBackward& p, const Rows& rows) {
   for_tiles(rows.starts, p.E, p.F, p.D, kTaskCols, [&](int64_t e, int64_t r0, int64_t count, int64_t n, int64_t cols) {
     Scratch scratch;
     const T* b[1] = {down.panels(e, n, cols, p.D, p.F, scratch.get<T>(b_packed_size<T>(p.D, cols)))};
-    float* c[1] = {scratch.get<float>(kMC * kTaskCols)};
-    T* a = scratch.get<T>(kMC * (kKC + 2));
-    for (int64_t r = r0; r < r0 + count; r += kMC) {
-      const int64_t m = imin(kMC, r0 + count - r);
+    float* c[1] = {scratch.get<float>(kTileRows * kTaskCols)};
+    T* a = scratch.get<T>(kTileRows * (kKC + 2));
+    for (int64_t r = r0; r < r0 + count; r += kTileRows) {
+      const int64_t m = imin(kTileRows, r0 + count - r);
       multiply_tile<T, 1>(r, m, cols, p.D, gathered_rows<T>(row), b, a, c, false);
       with_activation(p.activation, [&](auto activation) {
         for (int64_t i = 0; i < m; ++i) {
-          const int64_t at = (r + i) * p.F + n, id = rows.ids[r + i];
-          dp[id * blocks + n / kTaskCols] = activate_row_backward<T>(
-              activation, c[0] + i * kTaskCols, up + at, gate ? gate + at : nullptr, p.probs[id], cols,
-              static_cast<T*>(p.du) + at, gate ? static_cast<T*>(p.dg) + at : nullptr, static_cast<T*>(p.hp) + at);
+          const int64_t id = rows.ids[r + i];
+          for (int64_t j = 0; j < cols; j += kNR) {
+            const int64_t at = (r + i) * p.F + n + j;
+            dp[id * blocks + (n + j) / kNR] = activate_row_backward<T>(
+                activation, c[0] + i * kTaskCols + j, up + at, gate ? gate + at : nullptr, p.probs[id],
+                imin(kNR, cols - j), static_cast<T*>(p.du) + at, gate ? static_cast<T*>(p.dg) + at : nullptr,
+                static_cast<T*>(p.hp) + at);
+          }
         }
       });
     }
@@ -238,34 +241,16 @@ void backward_activation(const ExpertBackward& p, const Rows& rows) {
   }
 }
 
-// Expert by expert, so that the packed operands are those of one expert only.
 template <class T>
 void backward_weights(const ExpertBackward& p, const Rows& rows) {
-  const T* tokens = static_cast<const T*>(p.tokens);
-  const T* dout = static_cast<const T*>(p.dout);
-  const auto slice = [&](void* w, int64_t e, int64_t size) {
-    return static_cast<char*>(w) + e * size * element_size(p.w.type);
+  const auto token = [&](int64_t r) { return static_cast<const T*>(p.tokens) + rows.ids[r] / p.k * p.H; };
+  const auto dout = [&](int64_t r) { return static_cast<const T*>(p.dout) + rows.ids[r] / p.k * p.D; };
+  const auto hidden = [&](const void* m) {
+    return [&p, m](int64_t r) { return static_cast<const T*>(m) + r * p.F; };
   };
-  for (int64_t e = 0; e < p.E; ++e) {
-    Scratch scratch;
-    const int64_t begin = rows.starts[e], n = rows.starts[e + 1] - begin;
-    const auto packed = [&](const void* src) {
-      T* dst = scratch.get<T>(b_packed_size<T>(n, p.F));
-      pack_rows<T>([&](int64_t r) { return static_cast<const T*>(src) + (begin + r) * p.F; }, n, p.F, dst);
-      return dst;
-    };
-    if (p.dw_up || p.dw_gate) {
-      T* x = scratch.get<T>(b_packed_size<T>(n, p.H));
-      pack_rows<T>([&](int64_t r) { return tokens + rows.ids[begin + r] / p.k * p.H; }, n, p.H, x);
-      if (p.dw_up) outer_product<T>(n, p.F, p.H, packed(p.du), x, slice(p.dw_up, e, p.F * p.H), p.w.type);
-      if (p.dw_gate) outer_product<T>(n, p.F, p.H, packed(p.dg), x, slice(p.dw_gate, e, p.F * p.H), p.w.type);
-    }
-    if (p.dw_down) {
-      T* d = scratch.get<T>(b_packed_size<T>(n, p.D));
-      pack_rows<T>([&](int64_t r) { return dout + rows.ids[begin + r] / p.k * p.D; }, n, p.D, d);
-      outer_product<T>(n, p.D, p.F, d, packed(p.hp), slice(p.dw_down, e, p.D * p.F), p.w.type);
-    }
-  }
+  if (p.dw_up) outer_products<T>(rows.starts, p.E, p.F, p.H, hidden(p.du), token, p.dw_up, p.w.type);
+  if (p.dw_gate) outer_products<T>(rows.starts, p.E, p.F, p.H, hidden(p.dg), token, p.dw_gate, p.w.type);
+  if (p.dw_down) outer_products<T>(rows.starts, p.E, p.D, p.F, dout, hidden(p.hp), p.dw_down, p.w.type);
 }
 
 template <class T>

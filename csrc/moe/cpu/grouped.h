@@ -15,8 +15,8 @@
 
 namespace foldscan::FOLDSCAN_ISA::moe {
 
-constexpr int64_t kTaskRows = 8 * kMC;                 // rows that share one packing of B
-constexpr int64_t kTaskCols = kNR >= 128 ? kNR : 128;  // columns of a task, a multiple of kNR on every ISA
+constexpr int64_t kTaskRows = 8 * kTileRows;           // rows that share one packing of B
+constexpr int64_t kTaskCols = kNR >= 256 ? kNR : 256;  // most columns of a task, a multiple of kNR on every ISA
 static_assert(kTaskCols % kNR == 0);
 constexpr int64_t kRowGroup = 512;
 
@@ -42,11 +42,19 @@ struct Operand {
   }
 };
 
-// body(g, first row, rows, first column, columns) over all tiles; offs[g] .. offs[g + 1] are the rows of group g.
+// body(g, first row, rows, first column, columns) over all tiles; offs[g] .. offs[g + 1] are the rows of group g. Tasks
+// have at most `cols` columns, one panel where all groups have few rows: then memory is what counts, and it is read best
+// in one stream.
 template <class Body>
 void for_tiles(const int64_t* offs, int64_t G, int64_t N, int64_t K, int64_t cols, const Body& body) {
   Scratch scratch;
   int64_t* first = scratch.get<int64_t>(G + 1);
+  int64_t hit = 0, most = 0;
+  for (int64_t g = 0; g < G; ++g) {
+    hit += offs[g + 1] > offs[g];
+    most = imax(most, offs[g + 1] - offs[g]);
+  }
+  cols = most <= kMR ? kNR : imax(kNR, imin(cols, hit * N / 32 / kNR * kNR));
   const int64_t blocks = ceil_div(N, cols);
   first[0] = 0;
   for (int64_t g = 0; g < G; ++g) first[g + 1] = first[g] + ceil_div(offs[g + 1] - offs[g], kTaskRows) * blocks;
@@ -66,23 +74,23 @@ void for_tiles(const int64_t* offs, int64_t G, int64_t N, int64_t K, int64_t col
   });
 }
 
-// c[i] (+)= A b[i], rows <= kMC. A comes from load_a once for all i. a: kMC * (kKC + 2), c[i]: kMC * kTaskCols.
+// c[i] (+)= A b[i], rows <= kTileRows. A comes from load_a once for all i. a: kTileRows * (kKC + 2), c[i]: kTileRows *
+// kTaskCols.
 template <class T, int NB, class LoadA>
 void multiply_tile(int64_t r, int64_t rows, int64_t cols, int64_t K, const LoadA& load_a, const T* const (&b)[NB], T* a,
                    float* const (&c)[NB], bool accumulate) {
   constexpr int64_t lda = kKC + 2;
   const int64_t panel = b_panel_size<T>(K);
-  if (K == 0)
-    for (int i = 0; i < NB; ++i)
-      gemm_block<T>(rows, cols, 0, a, lda, kK<T>, b[i], kNR * kK<T>, panel, c[i], kTaskCols, accumulate);
-  for (int64_t k = 0; k < K; k += kKC) {
+  int64_t k = 0;
+  do {
     const int64_t kc = imin(kKC, K - k);
     load_a(r, rows, k, kc, a, lda);
     for (int i = 0; i < NB; ++i)
-      for (int64_t s = 0; s < kc; s += kKL1 * kK<T>)
-        gemm_block<T>(rows, cols, imin(kKL1 * kK<T>, kc - s), a + s, lda, kK<T>, b[i] + (k + s) * kNR, kNR * kK<T>,
-                      panel, c[i], kTaskCols, accumulate || k + s > 0);
-  }
+      gemm_run<T>(rows, cols, kc, a, lda, kK<T>, b[i] + k * kNR, panel, c[i], kTaskCols,
+                  accumulate || k > 0 ? Into::kContinue : Into::kSet,
+                  i + 1 < NB ? b[i + 1] + k * kNR : b[0] + (k + kc < K ? (k + kc) * kNR : ceil_div(cols, kNR) * panel));
+    k += kc;
+  } while (k < K);
 }
 
 // load_a for rows found through row(r).
@@ -98,60 +106,91 @@ GatheredRows<T, Row> gathered_rows(const Row& row) {
   return {row};
 }
 
-// Rows row(0) .. row(K - 1), columns [0, N), as panels (the layout of pack_b_rows), on all threads.
+// Columns [n, min(n + kNR, N)) of the rows row(0) .. row(K - 1) as one panel (the layout of pack_b_rows).
 template <class T, class Row>
-void pack_rows(const Row& row, int64_t K, int64_t N, T* dst) {
-  parallel_for(ceil_div(N, kNR), grain_for(K * kNR / 4), [&](int64_t j) {
-    const int64_t n = j * kNR, width = imin(kNR, N - n);
-    T* d = dst + j * b_panel_size<T>(K);
-    if constexpr (sizeof(T) == 4) {
-      for (int64_t k = 0; k < K; ++k, d += kNR) copy_row(row(k) + n, width, d, kNR);
-    } else {
-      for (int64_t k = 0; k < K; k += 2, d += 2 * kNR) {
-        const T* p = row(k) + n;
-        const T* q = k + 1 < K ? row(k + 1) + n : nullptr;
-        for (int64_t i = 0; i < kNR; i += kLanes) {
-          const int w = static_cast<int>(imax(0, imin(kLanes, width - i)));
-          const int64_t at = w ? i : 0;
-          VP::interleave(p + at, q ? q + at : nullptr, w).store(d + 2 * i);
-        }
+void pack_panel(const Row& row, int64_t K, int64_t n, int64_t N, T* d) {
+  const int64_t width = imin(kNR, N - n);
+  if constexpr (sizeof(T) == 4) {
+    for (int64_t k = 0; k < K; ++k, d += kNR) copy_row(row(k) + n, width, d, kNR);
+  } else {
+    for (int64_t k = 0; k < K; k += 2, d += 2 * kNR) {
+      const T* p = row(k) + n;
+      const T* q = k + 1 < K ? row(k + 1) + n : nullptr;
+      for (int64_t i = 0; i < kNR; i += kLanes) {
+        const int w = static_cast<int>(imax(0, imin(kLanes, width - i)));
+        const int64_t at = w ? i : 0;
+        VP::interleave(p + at, q ? q + at : nullptr, w).store(d + 2 * i);
       }
     }
-  });
+  }
 }
 
-// out[m][n] = sum over k of A[k][m] B[k][n], both packed by pack_rows with K rows; out is (M, N) of type `type`.
+// out[m][n] = sum over k of A[k][m] B[k][n], both packed by pack_rows with K rows, rows [m, m + kNR) and columns
+// [n, n + kTaskCols) of an (M, N) matrix of type `type`.
 template <class T>
-void outer_product(int64_t K, int64_t M, int64_t N, const T* a, const T* b, void* out, DType type) {
-  constexpr int64_t step = kKL1 * kK<T>;
-  const int64_t panel = b_panel_size<T>(K), blocks = ceil_div(N, kTaskCols);
-  parallel_for(ceil_div(M, kNR) * blocks, grain_for(kNR * kTaskCols * K / 16), [&](int64_t task) {
-    const int64_t m = task / blocks * kNR, n = task % blocks * kTaskCols;
-    const int64_t rows = imin(kNR, M - m), cols = imin(kTaskCols, N - n);
+void outer_product_tile(int64_t K, int64_t M, int64_t N, int64_t m, int64_t n, const T* a, const T* b, void* out,
+                        DType type) {
+  const int64_t panel = b_panel_size<T>(K), rows = imin(kNR, M - m), cols = imin(kTaskCols, N - n);
+  const T* pa = a + m / kNR * panel;
+  const T* pb = b + n / kNR * panel;
+  Scratch scratch;
+  float* c = scratch.get<float>(kNR * kTaskCols);
+  int64_t k = 0;
+  do {
+    const int64_t kc = imin(kRowGroup, K - k);
+    gemm_run<T>(rows, cols, kc, pa + k * kNR, kK<T>, kNR * kK<T>, pb + k * kNR, panel, c, kTaskCols,
+                k > 0 ? Into::kAdd : Into::kSet, k + kc < K ? pb + (k + kc) * kNR : nullptr);
+    k += kc;
+  } while (k < K);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t at = (m + i) * N + n;
+    if (type == DType::kF32) {
+      copy_row(c + i * kTaskCols, cols, static_cast<float*>(out) + at, cols);
+    } else {
+      copy_row(c + i * kTaskCols, cols, static_cast<bf16*>(out) + at, cols);
+    }
+  }
+}
+
+// Weight gradients of all groups: out_g (M, N) = A_g^T B_g, a row of either found through row(r). The groups go in waves
+// whose packed rows fit kWaveBytes; a group without rows gets zeros.
+constexpr int64_t kWaveBytes = int64_t{24} << 20;
+
+template <class T, class RowA, class RowB>
+void outer_products(const int64_t* offs, int64_t G, int64_t M, int64_t N, const RowA& row_a, const RowB& row_b,
+                    void* out, DType type) {
+  const int64_t pa = ceil_div(M, kNR), pb = ceil_div(N, kNR), nb = ceil_div(N, kTaskCols);
+  const auto packed = [&](int64_t g) { return (pa + pb) * b_panel_size<T>(offs[g + 1] - offs[g]); };
+  char* bytes = static_cast<char*>(out);
+  const int64_t group_bytes = M * N * element_size(type);
+  int64_t end = 0;
+  for (int64_t g0 = 0; g0 < G; g0 = end) {
     Scratch scratch;
-    float* c = scratch.get<float>(kNR * kTaskCols);
-    float* sum = scratch.get<float>(kNR * kTaskCols);
-    for (int64_t i = 0; i < kNR * kTaskCols; i += kLanes) VF::zero().store(sum + i);
-    const T* pa = a + m / kNR * panel;
-    const T* pb = b + n / kNR * panel;
-    for (int64_t g = 0; g < K; g += kRowGroup) {
-      const int64_t end = imin(K, g + kRowGroup);
-      for (int64_t k = g; k < end; k += step)
-        gemm_block<T>(rows, cols, imin(step, end - k), pa + k * kNR, kK<T>, kNR * kK<T>, pb + k * kNR, kNR * kK<T>,
-                      panel, c, kTaskCols, k > g);
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = i * kTaskCols; j < i * kTaskCols + cols; j += kLanes)
-          (VF::load(sum + j) + load_upto(c + j, i * kTaskCols + cols - j)).store(sum + j);
+    int64_t* at = scratch.get<int64_t>(G + 1);
+    int64_t size = 0, rows = 0;
+    for (end = g0; end < G && (end == g0 || (size + packed(end)) * static_cast<int64_t>(sizeof(T)) <= kWaveBytes); ++end) {
+      at[end] = size;
+      size += packed(end);
+      rows += offs[end + 1] - offs[end];
     }
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t at = (m + i) * N + n;
-      if (type == DType::kF32) {
-        copy_row(sum + i * kTaskCols, cols, static_cast<float*>(out) + at, cols);
+    T* panels = scratch.get<T>(size);
+    const int64_t waves = end - g0;
+    parallel_for(waves * (pa + pb), grain_for(rows / imax(1, waves) * kNR / 4), [&](int64_t i) {
+      const int64_t g = g0 + i / (pa + pb), j = i % (pa + pb), n = offs[g + 1] - offs[g], first = offs[g];
+      T* to = panels + at[g] + j * b_panel_size<T>(n);
+      if (j < pa) {
+        pack_panel<T>([&](int64_t r) { return row_a(first + r); }, n, j * kNR, M, to);
       } else {
-        copy_row(sum + i * kTaskCols, cols, static_cast<bf16*>(out) + at, cols);
+        pack_panel<T>([&](int64_t r) { return row_b(first + r); }, n, (j - pa) * kNR, N, to);
       }
-    }
-  });
+    });
+    parallel_for(waves * pa * nb, grain_for(kNR * kTaskCols * imax(1, rows / imax(1, waves)) / 16), [&](int64_t i) {
+      const int64_t g = g0 + i / (pa * nb), tile = i % (pa * nb), n = offs[g + 1] - offs[g];
+      const T* a = panels + at[g];
+      outer_product_tile<T>(n, M, N, tile / nb * kNR, tile % nb * kTaskCols, a, a + pa * b_panel_size<T>(n),
+                            bytes + g * group_bytes, type);
+    });
+  }
 }
 
 }  // namespace foldscan::FOLDSCAN_ISA::moe

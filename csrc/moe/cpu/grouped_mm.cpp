@@ -33,10 +33,10 @@ void multiply_groups(const int64_t* starts, int64_t G, int64_t R, int64_t N, int
   for_tiles(starts, G, N, K, kTaskCols, [&](int64_t g, int64_t r0, int64_t rows, int64_t n, int64_t cols) {
     Scratch scratch;
     const T* panels[1] = {b.panels(g, n, cols, K, N, scratch.get<T>(b_packed_size<T>(K, cols)))};
-    T* tile = scratch.get<T>(kMC * (kKC + 2));
-    float* c[1] = {scratch.get<float>(kMC * kTaskCols)};
-    for (int64_t r = r0; r < r0 + rows; r += kMC) {
-      const int64_t m = imin(kMC, r0 + rows - r);
+    T* tile = scratch.get<T>(kTileRows * (kKC + 2));
+    float* c[1] = {scratch.get<float>(kTileRows * kTaskCols)};
+    for (int64_t r = r0; r < r0 + rows; r += kTileRows) {
+      const int64_t m = imin(kTileRows, r0 + rows - r);
       multiply_tile<T>(r, m, cols, K, gathered_rows<T>(row), panels, tile, c, false);
       for (int64_t i = 0; i < m; ++i)
         for (int64_t j = 0; j < cols; j += kLanes) {
@@ -68,16 +68,9 @@ void run_backward(const GroupedMmBackward& p) {
     multiply_groups<T>(starts, p.G, p.R, p.K, p.N, dout, p.N, b, nullptr, static_cast<T*>(p.da));
   }
   if (p.db) {
-    for (int64_t g = 0; g < p.G; ++g) {
-      const int64_t begin = starts[g], rows = starts[g + 1] - begin;
-      Scratch group;
-      T* pa = group.get<T>(b_packed_size<T>(rows, p.K));
-      T* pd = group.get<T>(b_packed_size<T>(rows, p.N));
-      pack_rows<T>([&](int64_t r) { return a + (begin + r) * p.a_stride; }, rows, p.K, pa);
-      pack_rows<T>([&](int64_t r) { return dout + (begin + r) * p.N; }, rows, p.N, pd);
-      outer_product<T>(rows, p.K, p.N, pa, pd, static_cast<char*>(p.db) + g * p.K * p.N * element_size(p.b_type),
-                       p.b_type);
-    }
+    outer_products<T>(
+        starts, p.G, p.K, p.N, [&](int64_t r) { return a + r * p.a_stride; }, [&](int64_t r) { return dout + r * p.N; },
+        p.db, p.b_type);
   }
   if (p.dbias) {
     parallel_for(p.G, 1, [&](int64_t g) {

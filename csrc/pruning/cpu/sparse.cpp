@@ -17,10 +17,17 @@ namespace {
 using namespace foldscan::pruning;
 
 constexpr int64_t kRows = 192;
-constexpr int64_t kColumns = kNC;
+constexpr int64_t kColumns = 4 * kNR;
 // K of an expanded piece, a multiple of 8 (one byte of codes): a panel of it is at most 32 KB and within a run.
 template <class T>
 constexpr int64_t kPiece = 32768 / (kNR * 4) * kK<T> < kKC ? 32768 / (kNR * 4) * kK<T> : kKC;
+
+// sum += run, on a tile with rows of kColumns.
+FOLDSCAN_INLINE void add_run(const float* run, int64_t rows, int64_t cols, float* sum) {
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t n = m * kColumns; n < m * kColumns + cols; n += kLanes)
+      (VF::load(sum + n) + VF::load(run + n)).store(sum + n);
+}
 
 // Two kept values (as bits) and their places for kNR columns of one group of four k. Plain arrays
 // of one word size: the loops over columns become vector instructions.

@@ -22,7 +22,30 @@ if not _library.exists():
     )
 torch.ops.load_library(_library)
 
-kernels = torch.ops.foldscan
+
+
+class _Kernels:
+    """``kernels.NAME(...)``: the compiled op, past autograd where no gradient is recorded.
+
+    The autograd formula of an op is Python code that the dispatcher runs through even when there is nothing to record,
+    which costs more than the rest of a small call.
+    """
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        overload = getattr(torch.ops.foldscan, name).default
+        direct = overload._op
+
+        def call(*args: Any) -> Any:
+            if torch.compiler.is_compiling() or torch.is_grad_enabled():
+                return overload(*args)
+            with torch._C._AutoDispatchBelowAutograd():
+                return direct(*args)
+
+        setattr(self, name, call)
+        return call
+
+
+kernels = _Kernels()
 
 
 def register(

@@ -16,15 +16,36 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from foldscan.ops._library import is_recording
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 _cache: dict[tuple[Any, ...], tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
+# The same entries of tensors that are no views, under a key that costs nothing to build: what a decode step looks up.
+_quick: dict[tuple[str, int, torch.dtype], tuple[Any, ...]] = {}
 
 
 def clear_packed_weights(*_: object) -> None:
     """Forget all packed weights; the next call without gradients packs anew."""
     _cache.clear()
+    _quick.clear()
 
 
 register_optimizer_step_post_hook(clear_packed_weights)
+
+
+def find_pack(kind: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """What `cached_pack` gave for this very tensor, if it is still good; only where no gradient can be wanted."""
+    hit = _quick.get((kind, id(weight), dtype))
+    if (
+        hit is None
+        or hit[0]() is not weight
+        or hit[1] != weight._version
+        or hit[2] != weight.data_ptr()
+        or hit[3] != weight.shape
+        or hit[4] != weight.stride()
+        or hit[5] is not weight.dtype
+    ):
+        return None
+    return hit[6]
 
 
 def cached_pack(
@@ -42,7 +63,16 @@ def cached_pack(
     if hit is not None and hit[0]() is owner and hit[1] == weight._version:
         return hit[2]
     packed = pack(weight, dtype == torch.bfloat16)
-    _cache[key] = (weakref.ref(owner, lambda _: _cache.pop(key, None)), weight._version, packed)
+    quick = (kind, id(owner), dtype)
+
+    def forget(_: object) -> None:
+        _cache.pop(key, None)
+        _quick.pop(quick, None)
+
+    reference = weakref.ref(owner, forget)
+    _cache[key] = (reference, weight._version, packed)
+    if weight is owner:
+        _quick[quick] = (reference, weight._version, *key[2:6], packed)
     return packed
 
 
@@ -55,6 +85,6 @@ def may_cache(weights: tuple[torch.Tensor, ...], others: tuple[torch.Tensor | No
     for weight in weights:
         for t in (weight, weight._base):
             # An inference tensor has no version counter, a subclass may not be what it seems: do not guess.
-            if t is not None and (type(t) not in (torch.Tensor, torch.nn.Parameter) or t.is_inference()):
+            if t is not None and (type(t) not in PLAIN or t.is_inference()):
                 return False
     return weights[0].device.type == "cpu"

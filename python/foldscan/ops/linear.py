@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from foldscan.ops import _checks
-from foldscan.ops._backend import use_native
+from foldscan.ops._backend import current_backend, use_native
 from foldscan.ops._library import compute_dtype, kernels, register
-from foldscan.ops._packed import cached_pack, may_cache
+from foldscan.ops._packed import PLAIN, cached_pack, find_pack, may_cache
+
+_linear_packed = torch.ops.foldscan.linear_packed.default._op  # no autograd formula to pass by
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -32,6 +34,21 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Raises:
         TypeError: wrong dtypes. ValueError: wrong shapes.
     """
+    if (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) is torch.Tensor
+        and type(weight) in PLAIN
+        and (packed := find_pack("linear", weight, x.dtype)) is not None
+        and x.is_contiguous()
+        and x.is_cpu
+        and x.dim() > 0
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or (bias.dtype is torch.float32 and bias.is_contiguous() and bias.shape == weight.shape[:1]))
+        and not torch.is_autocast_enabled("cpu")
+        and current_backend() == "native"
+    ):  # a decode step: all that the checks below would find was found when the weight was packed
+        return _linear_packed(x, packed, *weight.shape, bias)
     _checks.tensor("x", x)
     _checks.tensor("weight", weight, dims=2)
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
@@ -97,4 +114,4 @@ def _fake_backward(
 
 register("linear", _fake, _setup, _backward)
 register("linear_backward", _fake_backward)
-register("linear_packed", lambda x, packed, N, K, bias: x.new_empty(x.shape[0], N))
+register("linear_packed", lambda x, packed, N, K, bias: x.new_empty(*x.shape[:-1], N))
