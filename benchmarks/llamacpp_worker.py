@@ -14,7 +14,6 @@ import time
 import llama_cpp as lc
 import numpy as np
 
-
 QUIET = lc.llama_log_callback(lambda *_: None)  # llama.cpp keeps the pointer, so Python must keep the object
 
 

@@ -1,4 +1,4 @@
-"""Decoding with everything looked up beforehand: one token a sequence, straight through the kernels.
+"""Decoding with everything looked up beforehand: one token a sequence, straight through the _ops.
 
 A decode step of a small model is hundreds of small operations, and checking arguments, finding packed weights and
 walking modules costs as much as the arithmetic. A plan does that once: each block becomes a function that holds packed
@@ -17,7 +17,6 @@ from foldscan.models import HybridLM
 from foldscan.models.hybrid_lm import block_caches
 from foldscan.nn import MLP, AttentionCache, CacheStep, MoE, Packing
 from foldscan.ops._backend import current_backend
-from foldscan.ops._library import kernels
 from foldscan.ops.linear import packed_linear
 from foldscan.ops.linear_joined import packed_joined
 from foldscan.ops.moe import packed_experts
@@ -25,13 +24,14 @@ from foldscan.ops.moe import packed_experts
 Step = Callable[[torch.Tensor, CacheStep, Any], torch.Tensor]
 """(n, d) hidden states of one token each, the step, the block's cache: what the block adds to the residual stream."""
 
-_linear = kernels.linear_packed.default
-_rmsnorm = kernels.rmsnorm.default
-_rotary = kernels.rotary.default
-_attention = kernels.attention.default
-_append = kernels.kv_cache_append.default
-_experts = kernels.moe_mlp_packed.default
-_route = kernels.moe_route.default
+_ops = torch.ops.foldscan  # without the detour past autograd that kernels take: a plan runs in inference mode
+_linear = _ops.linear_packed.default
+_rmsnorm = _ops.rmsnorm.default
+_rotary = _ops.rotary.default
+_attention = _ops.attention.default
+_append = _ops.kv_cache_append.default
+_experts = _ops.moe_mlp_packed.default
+_route = _ops.moe_route.default
 _ACTIVATIONS = ("silu", "relu2", "gelu")
 
 
