@@ -15,7 +15,7 @@ import torch
 
 from foldscan.models import HybridLM
 from foldscan.models.hybrid_lm import block_caches
-from foldscan.nn import MLP, AttentionCache, CacheStep, MoE, Packing
+from foldscan.nn import MLP, AttentionCache, CacheStep, MambaCache, MoE
 from foldscan.ops._backend import current_backend
 from foldscan.ops.linear import packed_linear
 from foldscan.ops.linear_joined import packed_joined
@@ -32,6 +32,8 @@ _attention = _ops.attention.default
 _append = _ops.kv_cache_append.default
 _experts = _ops.moe_mlp_packed.default
 _route = _ops.moe_route.default
+_conv = _ops.causal_conv1d_update.default
+_extend = _ops.scan_extend.default
 _ACTIVATIONS = ("silu", "relu2", "gelu")
 
 
@@ -84,6 +86,58 @@ def _attend(mixer: Any) -> Step:
     return step
 
 
+def _mamba(mixer: Any) -> Step:
+    in_proj, out_proj = _product(mixer.in_proj), _product(mixer.out_proj)
+    heads, dim, groups, states = mixer.num_heads, mixer.head_dim, mixer.num_groups, mixer.state_size
+    inner, width = mixer.inner_size, groups * states
+    sizes = [inner, mixer.conv_dim, heads]
+    weight, bias = mixer.conv1d.weight.squeeze(1).float().contiguous(), mixer.conv1d.bias
+    bias = None if bias is None else bias.float()
+    A, D, dt_bias = -torch.exp(mixer.A_log.float()), mixer.D.float(), mixer.dt_bias.float()
+    norm = mixer.norm
+    norm_weight = None if norm is None else norm.weight.float()
+
+    def step(x: torch.Tensor, at: CacheStep, cache: MambaCache) -> torch.Tensor:
+        n = x.shape[0]
+        z, xbc, dt = in_proj(x).split(sizes, 1)
+        xbc = _conv(xbc[:, :, None], cache.conv, weight, bias, None, at.slots, True)[:, :, 0]
+        values, B, C = xbc.split([inner, width, width], 1)
+        scan = cache.scan
+        y = _extend(
+            values.contiguous().view(n, heads, dim),
+            dt.float().contiguous(),
+            A,
+            B.contiguous().view(n, groups, states),
+            C.contiguous().view(n, groups, states),
+            D,
+            z.contiguous().view(n, heads, dim) if norm is None else None,
+            dt_bias,
+            True,
+            *mixer.time_step_limit,
+            scan.state,
+            scan.x,
+            scan.B,
+            scan.dt,
+            at.slots,
+            at.positions,
+            at.cu_seqlens,
+        ).view(n, inner)
+        if norm is not None:
+            y = _rmsnorm(y, norm_weight, None, z, norm.eps, norm.group_size, norm.before_gate)[0]
+        return out_proj(y)
+
+    return step
+
+
+def _parallel(mixer: Any) -> Step:
+    mamba, attend = _mamba(mixer.mamba), _attend(mixer.attention)
+
+    def step(x: torch.Tensor, at: CacheStep, cache: tuple[MambaCache, AttentionCache]) -> torch.Tensor:
+        return mamba(x, at, cache[0]) + attend(x, at, cache[1])
+
+    return step
+
+
 def _parts(qk: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     return qk[:, :heads], qk[:, heads:]
 
@@ -114,7 +168,7 @@ def _moe(mixer: MoE) -> Step | None:
     weight = gate.weight.float()
     logits, (num_experts, hidden) = packed_linear(weight, torch.float32), weight.shape
     bias = None if gate.e_score_correction_bias is None else gate.e_score_correction_bias.float().contiguous()
-    mode = (gate.score == "sigmoid", gate.pre_softmax, gate.num_groups or 1, gate.groups_topk or 1)
+    mode: tuple[Any, ...] = (gate.score == "sigmoid", gate.pre_softmax, gate.num_groups or 1, gate.groups_topk or 1)
     mode += (float(gate.scaling), gate.normalize)
     up, down = packed_experts(experts.up_proj), packed_experts(experts.down_proj)
     w_gate = None if experts.gate_proj is None else packed_experts(experts.gate_proj)
@@ -145,8 +199,9 @@ class DecodePlan:
         self.embedding = model.embeddings.weight
         self.blocks, self.pattern = [], model.config.pattern
         for block in model.layers:
-            make: Any = {"*": _attend, "-": _mlp, "E": _moe}.get(block.kind)
-            planned = None if make is None else make(block.mixer)
+            kind = str(block.kind)
+            make: Any = {"*": _attend, "-": _mlp, "E": _moe, "M": _mamba, "P": _parallel}[kind]
+            planned = make(block.mixer)
             self.blocks.append(_Block(_norm(block.norm), planned or _through_module(block)))
         self.norm_f = _norm(model.norm_f)
         head = model.head_weight
@@ -177,13 +232,10 @@ class DecodePlan:
 
 
 def _through_module(block: Any) -> Step:
-    """A block that has no plan of its own runs its module."""
+    """An MLP with biases, or experts behind a latent projection, has no plan of its own and runs its module."""
 
     def step(y: torch.Tensor, at: CacheStep, cache: Any) -> torch.Tensor:
-        if block.kind == "E":
-            return block.mixer(y)[0]
-        if block.kind == "-":
-            return block.mixer(y)
-        return block.mixer(y, Packing(at.cu_seqlens, 1, at.positions.long(), at), cache)
+        out = block.mixer(y)
+        return out[0] if block.kind == "E" else out
 
     return step

@@ -173,8 +173,8 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     rows = torch.arange(cos.shape[0] * length, dtype=torch.int32)
     if cos.shape[0] < batch:
         rows = rows.repeat(batch)
-    tables = (t[..., :half].reshape(-1, half) for t in (cos, sin))
-    return ops.rotary_embedding(x.flatten(0, 1), *tables, rows).view(x.shape)
+    cos, sin = (t[..., :half].reshape(-1, half) for t in (cos, sin))
+    return ops.rotary_embedding(x.flatten(0, 1), cos, sin, rows).view(x.shape)
 
 
 def covers(module: Any) -> str | None:

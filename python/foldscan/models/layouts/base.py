@@ -31,7 +31,8 @@ class Layout(Protocol):
     our name for it, and the values of ``config.json``; what it returns is kept.
     """
 
-    model_type: str
+    @property
+    def model_type(self) -> str: ...
 
     def read_config(self, values: dict[str, Any], where: object) -> HybridConfig: ...
 

@@ -157,7 +157,7 @@ class LlamaLike(Plain):
             shared_expert_intermediate_size=0,
             moe_latent_size=None,
         )
-        values = {
+        values: dict[str, Any] = {
             e.number[0]: c.num_experts,
             "num_experts_per_tok": c.experts_per_token,
             e.width: c.moe_intermediate_size,
