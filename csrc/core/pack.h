@@ -150,13 +150,18 @@ FOLDSCAN_INLINE void pack_b_col_vector(const S* src, int64_t ld, int64_t K, int6
   }
 }
 
-// B given by columns (K contiguous): B[k][n] = src[n * ld + k].
+// B given by columns (K contiguous): B[k][n] = src[n * ld + k]. Panels may be those of a longer K, of which these are
+// some rows.
 template <class S, class T>
-void pack_b_cols(const S* src, int64_t ld, int64_t K, int64_t N, T* dst) {
-  const int64_t panel = b_panel_size<T>(K);
+void pack_b_cols(const S* src, int64_t ld, int64_t K, int64_t N, T* dst, int64_t panel) {
   for (int64_t n = 0; n < N; n += kNR, dst += panel)
     for (int64_t i = 0; i < kNR; i += kLanes)
       pack_b_col_vector(src + (n + i) * ld, ld, K, imax(0, imin(kLanes, N - n - i)), dst + i * kK<T>, [] {});
+}
+
+template <class S, class T>
+void pack_b_cols(const S* src, int64_t ld, int64_t K, int64_t N, T* dst) {
+  pack_b_cols(src, ld, K, N, dst, b_panel_size<T>(K));
 }
 
 // B[k][n] = src[k * k_stride + n * n_stride], one of the strides being 1. dst: b_packed_size<T>(K, N) elements.
