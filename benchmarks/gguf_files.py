@@ -134,9 +134,7 @@ def write_gguf(model: Any, path: Path, dtype: torch.dtype) -> None:
         full = name.removesuffix("*") if name.endswith((".bias", "*")) else name + ".weight"
         array = np.ascontiguousarray(tensor.detach().float().numpy())
         if dtype == torch.bfloat16 and tensor.dim() >= 2 and not any(part in name for part in _F32_PARTS):
-            writer.add_tensor(
-                full, quantize(array, GGMLQuantizationType.BF16), raw_dtype=GGMLQuantizationType.BF16
-            )
+            writer.add_tensor(full, quantize(array, GGMLQuantizationType.BF16), raw_dtype=GGMLQuantizationType.BF16)
         else:
             writer.add_tensor(full, array)
     writer.write_header_to_file()

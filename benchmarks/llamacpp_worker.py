@@ -1,7 +1,8 @@
 """llama.cpp in a process of its own, with an interpreter that has llama-cpp-python: JSON lines in, JSON lines out.
 
     {"load": FILE, "threads": 2, "context": 4096}      {"ready": ...}
-    {"prompt": [ids], "new": n, "logits": FILE}        {"prefill_s": ..., "decode_s": ..., "tokens": [n ids]}
+    {"prompt": [ids], "new": n, "kv": "f16", "logits": FILE}
+                                                       {"prefill_s": ..., "decode_s": ..., "tokens": [n ids]}
 
 Between lines the process sleeps: two thread pools never run at once.
 """
@@ -14,30 +15,43 @@ import time
 import llama_cpp as lc
 import numpy as np
 
-
 QUIET = lc.llama_log_callback(lambda *_: None)  # llama.cpp keeps the pointer, so Python must keep the object
+
+
+KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30}  # GGML_TYPE_*
 
 
 def main() -> None:
     lc.llama_log_set(QUIET, None)
     lc.llama_backend_init()
-    model = context = None
+    model, contexts, load = None, {}, {}
     for line in sys.stdin:
         ask = json.loads(line)
         if "load" in ask:
+            for context in contexts.values():
+                lc.llama_free(context)
+            if model:
+                lc.llama_model_free(model)
+            load, contexts = ask, {}
             model = lc.llama_model_load_from_file(ask["load"].encode(), lc.llama_model_default_params())
             if not model:
                 raise SystemExit(f"llama.cpp cannot load {ask['load']}")
-            params = lc.llama_context_default_params()
-            params.n_ctx = ask["context"]
-            params.n_batch = ask["context"]
-            params.n_threads = params.n_threads_batch = ask["threads"]
-            context = lc.llama_init_from_model(model, params)
             vocab = lc.llama_vocab_n_tokens(lc.llama_model_get_vocab(model))
             answer = {"ready": lc.llama_print_system_info().decode(), "version": lc.__version__}
         else:
-            answer = generate(context, vocab, ask)
+            kv = ask["kv"]
+            if kv not in contexts:
+                contexts[kv] = new_context(model, load, KV_TYPES[kv])
+            answer = generate(contexts[kv], vocab, ask)
         print(json.dumps(answer), flush=True)
+
+
+def new_context(model, load, kv_type):
+    params = lc.llama_context_default_params()
+    params.n_ctx = params.n_batch = load["context"]
+    params.n_threads = params.n_threads_batch = load["threads"]
+    params.type_k = params.type_v = kv_type
+    return lc.llama_init_from_model(model, params)
 
 
 def step(context, ids):

@@ -32,13 +32,23 @@ _BAMBA: dict[str, Any] = {
 }
 
 
+def _make(config: type, extra: dict[str, Any], *parts: dict[str, Any], **options: Any) -> Any:
+    """``config`` with all of these, ``extra`` having the last word."""
+    fields: dict[str, Any] = {}
+    for part in (*parts, options, extra):
+        fields |= part
+    return config(**fields)
+
+
 def mamba(**extra: Any) -> Any:
-    return transformers.MambaConfig(**_COMMON, num_hidden_layers=2, state_size=8, **extra)
+    return _make(transformers.MambaConfig, extra, _COMMON, num_hidden_layers=2, state_size=8)
 
 
 def mamba2(**extra: Any) -> Any:
-    return transformers.Mamba2Config(
-        **_COMMON,
+    return _make(
+        transformers.Mamba2Config,
+        extra,
+        _COMMON,
         num_hidden_layers=2,
         state_size=8,
         num_heads=8,
@@ -46,7 +56,6 @@ def mamba2(**extra: Any) -> Any:
         expand=2,
         n_groups=2,
         chunk_size=16,
-        **extra,
     )
 
 
@@ -66,12 +75,19 @@ def nemotron_h(**extra: Any) -> Any:
         "routed_scaling_factor": 1.5,
         "time_step_min": 0.05,
     }
-    return transformers.NemotronHConfig(**_COMMON, **_ATTENTION, **(options | extra))
+    return _make(transformers.NemotronHConfig, extra, _COMMON, _ATTENTION, options)
 
 
 def bamba(**extra: Any) -> Any:
-    return transformers.BambaConfig(
-        **_COMMON, **_ATTENTION, **_BAMBA, num_hidden_layers=3, attn_layer_indices=[1], intermediate_size=48, **extra
+    return _make(
+        transformers.BambaConfig,
+        extra,
+        _COMMON,
+        _ATTENTION,
+        _BAMBA,
+        num_hidden_layers=3,
+        attn_layer_indices=[1],
+        intermediate_size=48,
     )
 
 
@@ -88,14 +104,23 @@ def falcon_h1(**extra: Any) -> Any:
         "ssm_in_multiplier": 1.2,
         "ssm_out_multiplier": 0.7,
     }
-    return transformers.FalconH1Config(
-        **_COMMON, **_ATTENTION, **_BAMBA, num_hidden_layers=2, intermediate_size=48, **(options | extra)
+    return _make(
+        transformers.FalconH1Config,
+        extra,
+        _COMMON,
+        _ATTENTION,
+        _BAMBA,
+        options,
+        num_hidden_layers=2,
+        intermediate_size=48,
     )
 
 
 def zamba2(**extra: Any) -> Any:
-    return transformers.Zamba2Config(
-        **_COMMON,
+    return _make(
+        transformers.Zamba2Config,
+        extra,
+        _COMMON,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=128,
@@ -111,17 +136,18 @@ def zamba2(**extra: Any) -> Any:
         intermediate_size=48,
         adapter_rank=4,
         use_mem_rope=True,
-        **extra,
     )
 
 
 def granite(**extra: Any) -> Any:
-    return transformers.GraniteMoeHybridConfig(
-        **_COMMON,
+    return _make(
+        transformers.GraniteMoeHybridConfig,
+        extra,
+        _COMMON,
+        _BAMBA,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
-        **_BAMBA,
         num_hidden_layers=3,
         layer_types=["mamba", "attention", "mamba"],
         intermediate_size=24,
@@ -130,19 +156,26 @@ def granite(**extra: Any) -> Any:
         num_experts_per_tok=2,
         position_embedding_type="rope",
         attention_multiplier=0.2,
-        **extra,
     )
 
 
 def mixtral(**extra: Any) -> Any:
-    return transformers.MixtralConfig(
-        **_COMMON, **_ATTENTION, num_hidden_layers=2, intermediate_size=24, num_local_experts=6, **extra
+    return _make(
+        transformers.MixtralConfig,
+        extra,
+        _COMMON,
+        _ATTENTION,
+        num_hidden_layers=2,
+        intermediate_size=24,
+        num_local_experts=6,
     )
 
 
 def qwen2_moe(**extra: Any) -> Any:
-    return transformers.Qwen2MoeConfig(
-        **_COMMON,
+    return _make(
+        transformers.Qwen2MoeConfig,
+        extra,
+        _COMMON,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
@@ -153,14 +186,15 @@ def qwen2_moe(**extra: Any) -> Any:
         num_experts=6,
         num_experts_per_tok=3,
         decoder_sparse_step=2,
-        **extra,
     )
 
 
 def qwen3_moe(**extra: Any) -> Any:
-    return transformers.Qwen3MoeConfig(
-        **_COMMON,
-        **_ATTENTION,
+    return _make(
+        transformers.Qwen3MoeConfig,
+        extra,
+        _COMMON,
+        _ATTENTION,
         num_hidden_layers=2,
         intermediate_size=48,
         moe_intermediate_size=24,
@@ -168,10 +202,26 @@ def qwen3_moe(**extra: Any) -> Any:
         num_experts_per_tok=3,
         norm_topk_prob=True,
         mlp_only_layers=[1],
-        **extra,
     )
 
 
+def _dense(config: type, **extra: Any) -> Any:
+    return _make(config, extra, _COMMON, _ATTENTION, num_hidden_layers=2, intermediate_size=48)
+
+
+def llama(**extra: Any) -> Any:
+    return _dense(transformers.LlamaConfig, **extra)
+
+
+def qwen2(**extra: Any) -> Any:
+    return _dense(transformers.Qwen2Config, **extra)
+
+
+def qwen3(**extra: Any) -> Any:
+    return _dense(transformers.Qwen3Config, **extra)
+
+
+DENSE = {f.__name__: f for f in (llama, qwen2, qwen3)}
 FAMILIES: dict[str, Callable[..., Any]] = {
     f.__name__: f for f in (mamba, mamba2, nemotron_h, bamba, falcon_h1, zamba2, granite, mixtral, qwen2_moe, qwen3_moe)
 }
@@ -180,7 +230,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
 def build(family: str, dtype: torch.dtype = torch.float32, **extra: Any) -> Any:
     """A model in evaluation mode whose every parameter is drawn, so that none is zero or one by chance."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family](**extra))
+    model = transformers.AutoModelForCausalLM.from_config((FAMILIES | DENSE)[family](**extra))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

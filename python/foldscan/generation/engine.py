@@ -135,7 +135,7 @@ class Engine:
         autocast = self.precision == "bf16"
         dtype = torch.bfloat16 if autocast else None
         cache = self.model.new_cache(slots, longest, dtype=dtype)
-        with torch.inference_mode():
+        with torch.no_grad():
             plan = DecodePlan(self.model) if not autocast and DecodePlan.covers(self.model) else None
         waiting, active = deque(requests), list[_Request]()
         while waiting or active:

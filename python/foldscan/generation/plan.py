@@ -1,4 +1,4 @@
-"""Decoding with everything looked up beforehand: one token a sequence, straight through the kernels.
+"""Decoding with everything looked up beforehand: one token a sequence, straight through the _ops.
 
 A decode step of a small model is hundreds of small operations, and checking arguments, finding packed weights and
 walking modules costs as much as the arithmetic. A plan does that once: each block becomes a function that holds packed
@@ -14,24 +14,26 @@ from typing import Any
 import torch
 
 from foldscan.models import HybridLM
-from foldscan.nn import MLP, AttentionCache, CacheStep, MambaCache, MoE, Packing
+from foldscan.models.hybrid_lm import block_caches
+from foldscan.nn import MLP, AttentionCache, CacheStep, MambaCache, MoE
 from foldscan.ops._backend import current_backend
-from foldscan.ops._library import kernels
 from foldscan.ops.linear import packed_linear
 from foldscan.ops.linear_joined import packed_joined
 from foldscan.ops.moe import packed_experts
 
-Cache = AttentionCache | MambaCache | None
 Step = Callable[[torch.Tensor, CacheStep, Any], torch.Tensor]
 """(n, d) hidden states of one token each, the step, the block's cache: what the block adds to the residual stream."""
 
-_linear = kernels.linear_packed.default
-_rmsnorm = kernels.rmsnorm.default
-_rotary = kernels.rotary.default
-_attention = kernels.attention.default
-_append = kernels.kv_cache_append.default
-_experts = kernels.moe_mlp_packed.default
-_route = kernels.moe_route.default
+_ops = torch.ops.foldscan  # without the detour past autograd that kernels take: a plan runs in inference mode
+_linear = _ops.linear_packed.default
+_rmsnorm = _ops.rmsnorm.default
+_rotary = _ops.rotary.default
+_attention = _ops.attention.default
+_append = _ops.kv_cache_append.default
+_experts = _ops.moe_mlp_packed.default
+_route = _ops.moe_route.default
+_conv = _ops.causal_conv1d_update.default
+_extend = _ops.scan_extend.default
 _ACTIVATIONS = ("silu", "relu2", "gelu")
 
 
@@ -84,6 +86,58 @@ def _attend(mixer: Any) -> Step:
     return step
 
 
+def _mamba(mixer: Any) -> Step:
+    in_proj, out_proj = _product(mixer.in_proj), _product(mixer.out_proj)
+    heads, dim, groups, states = mixer.num_heads, mixer.head_dim, mixer.num_groups, mixer.state_size
+    inner, width = mixer.inner_size, groups * states
+    sizes = [inner, mixer.conv_dim, heads]
+    weight, bias = mixer.conv1d.weight.squeeze(1).float().contiguous(), mixer.conv1d.bias
+    bias = None if bias is None else bias.float()
+    A, D, dt_bias = -torch.exp(mixer.A_log.float()), mixer.D.float(), mixer.dt_bias.float()
+    norm = mixer.norm
+    norm_weight = None if norm is None else norm.weight.float()
+
+    def step(x: torch.Tensor, at: CacheStep, cache: MambaCache) -> torch.Tensor:
+        n = x.shape[0]
+        z, xbc, dt = in_proj(x).split(sizes, 1)
+        xbc = _conv(xbc[:, :, None], cache.conv, weight, bias, None, at.slots, True)[:, :, 0]
+        values, B, C = xbc.split([inner, width, width], 1)
+        scan = cache.scan
+        y = _extend(
+            values.contiguous().view(n, heads, dim),
+            dt.float().contiguous(),
+            A,
+            B.contiguous().view(n, groups, states),
+            C.contiguous().view(n, groups, states),
+            D,
+            z.contiguous().view(n, heads, dim) if norm is None else None,
+            dt_bias,
+            True,
+            *mixer.time_step_limit,
+            scan.state,
+            scan.x,
+            scan.B,
+            scan.dt,
+            at.slots,
+            at.positions,
+            at.cu_seqlens,
+        ).view(n, inner)
+        if norm is not None:
+            y = _rmsnorm(y, norm_weight, None, z, norm.eps, norm.group_size, norm.before_gate)[0]
+        return out_proj(y)
+
+    return step
+
+
+def _parallel(mixer: Any) -> Step:
+    mamba, attend = _mamba(mixer.mamba), _attend(mixer.attention)
+
+    def step(x: torch.Tensor, at: CacheStep, cache: tuple[MambaCache, AttentionCache]) -> torch.Tensor:
+        return mamba(x, at, cache[0]) + attend(x, at, cache[1])
+
+    return step
+
+
 def _parts(qk: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     return qk[:, :heads], qk[:, heads:]
 
@@ -114,7 +168,7 @@ def _moe(mixer: MoE) -> Step | None:
     weight = gate.weight.float()
     logits, (num_experts, hidden) = packed_linear(weight, torch.float32), weight.shape
     bias = None if gate.e_score_correction_bias is None else gate.e_score_correction_bias.float().contiguous()
-    mode = (gate.score == "sigmoid", gate.pre_softmax, gate.num_groups or 1, gate.groups_topk or 1)
+    mode: tuple[Any, ...] = (gate.score == "sigmoid", gate.pre_softmax, gate.num_groups or 1, gate.groups_topk or 1)
     mode += (float(gate.scaling), gate.normalize)
     up, down = packed_experts(experts.up_proj), packed_experts(experts.down_proj)
     w_gate = None if experts.gate_proj is None else packed_experts(experts.gate_proj)
@@ -138,15 +192,16 @@ class _Block:
 class DecodePlan:
     """Steps of one token a sequence for a model whose weights do not change meanwhile.
 
-    Make it inside ``torch.inference_mode()`` or ``no_grad``, and anew when weights have changed.
+    Make it inside ``torch.no_grad()``, and anew when weights have changed.
     """
 
     def __init__(self, model: HybridLM) -> None:
         self.embedding = model.embeddings.weight
-        self.blocks = []
+        self.blocks, self.pattern = [], model.config.pattern
         for block in model.layers:
-            make: Any = {"*": _attend, "-": _mlp, "E": _moe}.get(block.kind)
-            planned = None if make is None else make(block.mixer)
+            kind = str(block.kind)
+            make: Any = {"*": _attend, "-": _mlp, "E": _moe, "M": _mamba, "P": _parallel}[kind]
+            planned = make(block.mixer)
             self.blocks.append(_Block(_norm(block.norm), planned or _through_module(block)))
         self.norm_f = _norm(model.norm_f)
         head = model.head_weight
@@ -166,7 +221,7 @@ class DecodePlan:
     def hidden(self, ids: list[int], at: CacheStep) -> torch.Tensor:
         """(n, d) after the final norm for one new token of each sequence; the cache is extended."""
         x = torch.nn.functional.embedding(torch.tensor(ids), self.embedding)
-        for block, cache in zip(self.blocks, at.cache.layers):
+        for block, cache in zip(self.blocks, block_caches(self.pattern, at.cache)):
             x = x + block.step(block.norm(x), at, cache)
         at.commit()
         return self.norm_f(x)
@@ -177,13 +232,10 @@ class DecodePlan:
 
 
 def _through_module(block: Any) -> Step:
-    """A block that has no plan of its own runs its module."""
+    """An MLP with biases, or experts behind a latent projection, has no plan of its own and runs its module."""
 
     def step(y: torch.Tensor, at: CacheStep, cache: Any) -> torch.Tensor:
-        if block.kind == "E":
-            return block.mixer(y)[0]
-        if block.kind == "-":
-            return block.mixer(y)
-        return block.mixer(y, Packing(at.cu_seqlens, 1, at.positions.long(), at), cache)
+        out = block.mixer(y)
+        return out[0] if block.kind == "E" else out
 
     return step

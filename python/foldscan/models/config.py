@@ -14,7 +14,7 @@ import yaml
 from foldscan.models.files import FormatError, atomic_write_text, read_json, write_json
 
 MODEL_TYPE = "foldscan_hybrid"
-LAYER_KINDS = {"M": "Mamba-2", "*": "attention", "-": "MLP", "E": "Mixture of Experts"}
+LAYER_KINDS = {"M": "Mamba-2", "*": "attention", "-": "MLP", "E": "Mixture of Experts", "P": "Mamba-2 beside attention"}
 
 
 @dataclass
@@ -22,7 +22,8 @@ class HybridConfig:
     """A stack of pre-norm residual blocks, one per letter of ``pattern``.
 
     ``M`` is a Mamba-2 mixer, ``*`` grouped-query attention, ``-`` an MLP, ``E`` a Mixture of Experts (the alphabet of
-    Nemotron-H's ``hybrid_override_pattern``, arXiv:2504.03624). A Llama layer is ``*-``.
+    Nemotron-H's ``hybrid_override_pattern``, arXiv:2504.03624), ``P`` a Mamba-2 mixer and attention side by side
+    (FalconH1). A Llama layer is ``*-``.
 
     Attributes:
         pattern: one letter a block.
@@ -31,11 +32,16 @@ class HybridConfig:
         norm_eps: of every RMSNorm.
         mamba_num_heads, mamba_head_dim, mamba_num_groups, state_size, conv_kernel: H, P, G, N, W of a Mamba-2 mixer.
         conv_bias, mamba_bias: biases of the convolution; of the two projections.
+        mamba_norm: the mixer ends in a gated RMSNorm; without, the gate multiplies the scan's output (FalconH1).
+        mamba_norm_before_gate: the gate multiplies the normed output, not what is normed.
         time_step_min, time_step_max, time_step_floor: dt starts log-uniform in [min, max], and at least at floor.
         time_step_limit: clamp of softplus(dt + dt_bias), at every step.
         num_heads, num_kv_heads, head_dim: of attention.
         attention_bias: biases of q, k, v and o.
+        attention_output_bias: of o, where it differs (Qwen2); None for the same.
+        qk_norm: RMSNorm of every query and key head (Qwen3).
         rope_theta: base of the rotary embedding (rotate-half layout); None for no positional encoding (Nemotron-H).
+        rotary_dim: features of a head that it turns; None for all.
         sliding_window: keys a query sees, itself included; None for all before it.
         intermediate_size, mlp_activation, mlp_bias: of ``-``: ``"relu2"`` (squared ReLU, no gate), ``"silu"`` (SwiGLU).
         num_experts, experts_per_token, moe_intermediate_size, moe_activation: of ``E``.
@@ -67,6 +73,8 @@ class HybridConfig:
     conv_kernel: int = 4
     conv_bias: bool = True
     mamba_bias: bool = False
+    mamba_norm: bool = True
+    mamba_norm_before_gate: bool = False
     time_step_min: float = 1e-3
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
@@ -75,7 +83,10 @@ class HybridConfig:
     num_kv_heads: int = 4
     head_dim: int = 64
     attention_bias: bool = False
+    attention_output_bias: bool | None = None
+    qk_norm: bool = False
     rope_theta: float | None = None
+    rotary_dim: int | None = None
     sliding_window: int | None = None
     intermediate_size: int = 1024
     mlp_activation: str = "relu2"
@@ -137,7 +148,7 @@ class HybridConfig:
         """
         unknown = sorted(set(self.pattern) - set(LAYER_KINDS))
         if not self.pattern or unknown:
-            raise ValueError(f"pattern: got {self.pattern!r}, want one or more of the letters M * - E")
+            raise ValueError(f"pattern: got {self.pattern!r}, want one or more of the letters M * - E P")
 
         def positive(*names: str) -> None:
             for name in names:
@@ -152,7 +163,7 @@ class HybridConfig:
         positive("vocab_size", "hidden_size", "max_position_embeddings")
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps: got {self.norm_eps!r}, want a positive number")
-        if "M" in self.pattern:
+        if "M" in self.pattern or "P" in self.pattern:
             positive("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "state_size")
             if self.mamba_num_heads % self.mamba_num_groups:
                 raise ValueError(
@@ -169,7 +180,7 @@ class HybridConfig:
             low, high = self.time_step_limit
             if not 0 <= low <= high:
                 raise ValueError(f"time_step_limit: got {self.time_step_limit}, want 0 <= low <= high")
-        if "*" in self.pattern:
+        if "*" in self.pattern or "P" in self.pattern:
             positive("num_heads", "num_kv_heads", "head_dim")
             if self.num_heads % self.num_kv_heads:
                 raise ValueError(
@@ -181,6 +192,8 @@ class HybridConfig:
                 raise ValueError(
                     f"rope_theta: got {self.rope_theta!r} with head_dim {self.head_dim}, want > 0 and an even head_dim"
                 )
+            if self.rotary_dim is not None and not (0 < self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0):
+                raise ValueError(f"rotary_dim: got {self.rotary_dim}, want an even number up to {self.head_dim}")
             if self.sliding_window is not None:
                 positive("sliding_window")
         if "-" in self.pattern:

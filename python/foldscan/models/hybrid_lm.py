@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,31 +32,46 @@ from foldscan.nn import (
 )
 
 
+def _mamba(c: HybridConfig) -> Mamba2Mixer:
+    return Mamba2Mixer(
+        c.hidden_size,
+        num_heads=c.mamba_num_heads,
+        head_dim=c.mamba_head_dim,
+        num_groups=c.mamba_num_groups,
+        state_size=c.state_size,
+        conv_kernel=c.conv_kernel,
+        conv_bias=c.conv_bias,
+        bias=c.mamba_bias,
+        norm_eps=c.norm_eps,
+        norm=c.mamba_norm,
+        norm_before_gate=c.mamba_norm_before_gate,
+        time_step_limit=c.time_step_limit,
+    )
+
+
+def _attention(c: HybridConfig) -> Attention:
+    return Attention(
+        c.hidden_size,
+        num_heads=c.num_heads,
+        num_kv_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
+        bias=c.attention_bias,
+        output_bias=c.attention_output_bias,
+        rope_theta=c.rope_theta,
+        rotary_dim=c.rotary_dim,
+        sliding_window=c.sliding_window,
+        qk_norm_eps=c.norm_eps if c.qk_norm else None,
+    )
+
+
 def _mixer(config: HybridConfig, kind: str) -> nn.Module:
     c = config
     if kind == "M":
-        return Mamba2Mixer(
-            c.hidden_size,
-            num_heads=c.mamba_num_heads,
-            head_dim=c.mamba_head_dim,
-            num_groups=c.mamba_num_groups,
-            state_size=c.state_size,
-            conv_kernel=c.conv_kernel,
-            conv_bias=c.conv_bias,
-            bias=c.mamba_bias,
-            norm_eps=c.norm_eps,
-            time_step_limit=c.time_step_limit,
-        )
+        return _mamba(c)
     if kind == "*":
-        return Attention(
-            c.hidden_size,
-            num_heads=c.num_heads,
-            num_kv_heads=c.num_kv_heads,
-            head_dim=c.head_dim,
-            bias=c.attention_bias,
-            rope_theta=c.rope_theta,
-            sliding_window=c.sliding_window,
-        )
+        return _attention(c)
+    if kind == "P":
+        return Parallel(_mamba(c), _attention(c))
     if kind == "-":
         return MLP(c.hidden_size, c.intermediate_size, activation=c.mlp_activation, bias=c.mlp_bias)
     router = Router(
@@ -80,6 +96,21 @@ def _mixer(config: HybridConfig, kind: str) -> nn.Module:
     )
 
 
+class Parallel(nn.Module):
+    """A Mamba-2 mixer and attention that read the same and add up what they write."""
+
+    def __init__(self, mamba: Mamba2Mixer, attention: Attention) -> None:
+        super().__init__()
+        self.mamba, self.attention = mamba, attention
+
+    def forward(
+        self, hidden: torch.Tensor, packing: Packing, cache: tuple[MambaCache, AttentionCache] | None = None
+    ) -> torch.Tensor:
+        """(T, d) to (T, d)."""
+        states, keys = (None, None) if cache is None else cache
+        return self.mamba(hidden, packing, states) + self.attention(hidden, packing, keys)
+
+
 class Block(nn.Module):
     """``x + mixer(norm(x))`` for one letter of the pattern."""
 
@@ -93,7 +124,7 @@ class Block(nn.Module):
         self,
         x: torch.Tensor,
         packing: Packing,
-        cache: AttentionCache | MambaCache | None = None,
+        cache: Any = None,
         stats: bool = False,
     ) -> tuple[torch.Tensor, RouterStats | None]:
         """(T, d) to (T, d), and the router's losses and loads when asked for and there is a router."""
@@ -103,6 +134,13 @@ class Block(nn.Module):
             return x + out, routed
         out = self.mixer(y) if self.kind == "-" else self.mixer(y, packing, cache)
         return x + out, None
+
+
+def block_caches(pattern: str, cache: HybridCache) -> Iterator[Any]:
+    """What of a cache belongs to each block: a layer, or a pair for a parallel block."""
+    layers = iter(cache.layers)
+    for kind in pattern:
+        yield (next(layers), next(layers)) if kind == "P" else next(layers)
 
 
 @dataclass
@@ -212,6 +250,9 @@ class HybridLM(nn.Module):
                 cache.add_mamba(c.mamba_num_heads, c.mamba_head_dim, c.mamba_num_groups, c.state_size, c.conv_kernel)
             elif kind == "*":
                 cache.add_attention(c.num_kv_heads, c.head_dim)
+            elif kind == "P":
+                cache.add_mamba(c.mamba_num_heads, c.mamba_head_dim, c.mamba_num_groups, c.state_size, c.conv_kernel)
+                cache.add_attention(c.num_kv_heads, c.head_dim)
             else:
                 cache.add_stateless()
         return cache
@@ -259,11 +300,12 @@ class HybridLM(nn.Module):
         x = nn.functional.embedding(flat, self.embeddings.weight)
         found: list[RouterStats] = []
         step = packing.cache
-        for index, block in enumerate(self.layers):
+        caches = iter(()) if step is None else block_caches(self.config.pattern, step.cache)
+        for block in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled() and step is None:
                 x, routed = _checkpointed(block, x, packing, stats)
             else:
-                x, routed = block(x, packing, None if step is None else step.cache.layers[index], stats)
+                x, routed = block(x, packing, next(caches, None), stats)
             if routed is not None:
                 found.append(routed)
         if step is not None:

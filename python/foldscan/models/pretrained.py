@@ -31,6 +31,7 @@ def _fill(
     names: Iterable[str],
     get: Callable[[str], torch.Tensor],
     where: Callable[[str], object],
+    values: dict[str, Any],
 ) -> None:
     """Copy tensors into the model, every one exactly once, refusing what is missing, left over or misshapen."""
     available = set(names)
@@ -44,13 +45,15 @@ def _fill(
         parts = list(target) if source.stacked else [target]
         for part, part_name in zip(parts, source.names):
             value = get(part_name)
+            if source.half is not None and value.dim() > 1:
+                value = value.chunk(2, dim=-2)[source.half]
             if value.shape != part.shape:
                 raise FormatError(
                     f"{where(part_name)}: tensor {part_name!r} has shape {tuple(value.shape)}, want {tuple(part.shape)}"
                 )
             if not value.is_floating_point():
                 raise FormatError(f"{where(part_name)}: tensor {part_name!r} has dtype {value.dtype}, want a float")
-            part.copy_(value)
+            part.copy_(layout.read_tensor(name, value, values))
         used.update(source.names)
     extra = sorted(n for n in available - used if not layout.ignores(n))
     if model.config.tie_embeddings:
@@ -67,9 +70,9 @@ def load_pretrained(
 ) -> HybridLM:
     """A `HybridLM` with the weights of a directory, a GGUF file, or a transformers model in memory.
 
-    Understood are ``config.json`` with ``model_type`` nemotron_h, llama or our own, beside safetensors (whole or
-    sharded); and GGUF files of the llama architecture (or a directory that holds one), which are dequantised. Pickled
-    weights are never read.
+    Understood are ``config.json`` with ``model_type`` nemotron_h, llama, qwen2, qwen3, mixtral, qwen3_moe, mamba2,
+    bamba, falcon_h1 or our own, beside safetensors (whole or sharded); and GGUF files of the llama architecture (or a
+    directory that holds one), which are dequantised. Pickled weights are never read.
 
     Args:
         source: where to load from.
@@ -88,7 +91,7 @@ def load_pretrained(
     if ggufs and not (path / "config.json").is_file():
         config, tensors = read_gguf(ggufs[0])
         model = HybridLM(config, init=False).to(dtype)
-        _fill(model, LAYOUTS["llama"], tensors, tensors.__getitem__, lambda _: ggufs[0])
+        _fill(model, LAYOUTS["llama"], tensors, tensors.__getitem__, lambda _: ggufs[0], {})
         return model.eval()
     file = path / "config.json"
     values = read_json(file)
@@ -96,7 +99,7 @@ def load_pretrained(
     config = _limited(layout.read_config(values, file), time_step_limit)
     folder = TensorFolder(path)
     model = HybridLM(config, init=False).to(dtype)
-    _fill(model, layout, folder.names(), folder.get, folder.where)
+    _fill(model, layout, folder.names(), folder.get, folder.where, values)
     return model.eval()
 
 
@@ -116,7 +119,7 @@ def _from_module(source: nn.Module, dtype: torch.dtype, limit: tuple[float, floa
     layout = _layout(str(values.get("model_type")), where)
     model = HybridLM(_limited(layout.read_config(values, where), limit), init=False).to(dtype)
     state = source.state_dict()
-    _fill(model, layout, state, state.__getitem__, lambda _: type(source).__name__)
+    _fill(model, layout, state, state.__getitem__, lambda _: type(source).__name__, values)
     return model.eval()
 
 
@@ -131,8 +134,7 @@ def save_pretrained(
     """Write ``config.json`` and safetensors, the whole directory atomically.
 
     Args:
-        format: ``"nemotron_h"``, ``"llama"``, ``"foldscan_hybrid"``, or None for the first of these that can express
-            the model.
+        format: a ``model_type`` that `load_pretrained` understands, or None for the first that can express the model.
         overwrite: replace an existing directory.
         max_shard_bytes: larger models are split.
 
@@ -145,7 +147,7 @@ def save_pretrained(
     """
     if format is not None and format not in LAYOUTS:
         raise ValueError(f"format: got {format!r}, want one of {', '.join(LAYOUTS)}")
-    for model_type in [format] if format else ["nemotron_h", "llama", "foldscan_hybrid"]:
+    for model_type in [format] if format else list(LAYOUTS):
         layout = LAYOUTS[model_type]
         try:
             values = layout.write_config(model.config)

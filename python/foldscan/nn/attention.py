@@ -18,7 +18,8 @@ class Attention(nn.Module):
     Args:
         hidden_size: d.
         num_heads, num_kv_heads, head_dim: query heads, key/value heads, and the width of each.
-        rope_theta: base of the rotary embedding; None for no positional encoding.
+        bias: of q, k, v and, unless ``output_bias`` says otherwise, o.
+        rope_theta: base of the rotary embedding; None for no positional encoding. rotary_dim: features it turns.
         sliding_window: keys a query sees, itself included; None for all before it.
         qk_norm_eps: RMSNorm of each query and key head before the rotation (Qwen3); None for none.
     """
@@ -31,7 +32,9 @@ class Attention(nn.Module):
         num_kv_heads: int,
         head_dim: int,
         bias: bool = False,
+        output_bias: bool | None = None,
         rope_theta: float | None = None,
+        rotary_dim: int | None = None,
         sliding_window: int | None = None,
         qk_norm_eps: float | None = None,
     ) -> None:
@@ -41,11 +44,11 @@ class Attention(nn.Module):
         self.q_proj = Linear(hidden_size, num_heads * head_dim, bias=bias)
         self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
-        self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=bias if output_bias is None else output_bias)
         self.scale = head_dim**-0.5
         norms = [None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps) for _ in "qk"]
         self.q_norm, self.k_norm = norms
-        self.rotary = None if rope_theta is None else RotaryEmbedding(head_dim, rope_theta)
+        self.rotary = None if rope_theta is None else RotaryEmbedding(rotary_dim or head_dim, rope_theta)
 
     def forward(self, hidden: torch.Tensor, packing: Packing, cache: AttentionCache | None = None) -> torch.Tensor:
         """(T, d) to (T, d)."""

@@ -14,17 +14,20 @@ from foldscan.nn.packing import Packing
 
 
 class GatedRMSNorm(nn.Module):
-    """``RMSNorm(y * silu(z)) * weight`` with statistics over each of ``groups`` equal parts of the row."""
+    """``RMSNorm(y * silu(z)) * weight`` with statistics over each of ``groups`` equal parts of the row; the gate after
+    the norm with ``before_gate``."""
 
-    def __init__(self, size: int, groups: int, eps: float) -> None:
+    def __init__(self, size: int, groups: int, eps: float, before_gate: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.group_size = size // groups
-        self.eps = eps
+        self.eps, self.before_gate = eps, before_gate
 
     def forward(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """(T, size), (T, size) to (T, size)."""
-        return ops.rmsnorm_fn(y, self.weight, z=z, eps=self.eps, group_size=self.group_size, norm_before_gate=False)
+        return ops.rmsnorm_fn(
+            y, self.weight, z=z, eps=self.eps, group_size=self.group_size, norm_before_gate=self.before_gate
+        )
 
 
 class Mamba2Mixer(nn.Module):
@@ -37,6 +40,7 @@ class Mamba2Mixer(nn.Module):
         hidden_size: d.
         num_heads, head_dim, num_groups, state_size: H, P, G, N.
         conv_kernel: W.
+        norm: False for none; then the gate multiplies the scan's output.
         time_step_limit: clamp of softplus(dt + dt_bias).
     """
 
@@ -52,6 +56,8 @@ class Mamba2Mixer(nn.Module):
         conv_bias: bool = True,
         bias: bool = False,
         norm_eps: float = 1e-5,
+        norm: bool = True,
+        norm_before_gate: bool = False,
         time_step_limit: tuple[float, float] = (0.0, math.inf),
     ) -> None:
         super().__init__()
@@ -65,7 +71,7 @@ class Mamba2Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.zeros(num_heads))
         self.D = nn.Parameter(torch.ones(num_heads))
         self.dt_bias = nn.Parameter(torch.zeros(num_heads))
-        self.norm = GatedRMSNorm(self.inner_size, num_groups, norm_eps)
+        self.norm = GatedRMSNorm(self.inner_size, num_groups, norm_eps, norm_before_gate) if norm else None
         self.out_proj = Linear(self.inner_size, hidden_size, bias=bias)
 
     @torch.no_grad()
@@ -103,6 +109,7 @@ class Mamba2Mixer(nn.Module):
         dt: torch.Tensor,
         B: torch.Tensor,
         C: torch.Tensor,
+        z: torch.Tensor | None,
         packing: Packing,
         cache: MambaCache | None,
     ) -> torch.Tensor:
@@ -116,6 +123,7 @@ class Mamba2Mixer(nn.Module):
                 B[None],
                 C[None],
                 D=D,
+                z=None if z is None else z[None],
                 dt_bias=dt_bias,
                 dt_softplus=True,
                 dt_limit=self.time_step_limit,
@@ -135,6 +143,7 @@ class Mamba2Mixer(nn.Module):
             step.positions,
             step.cu_seqlens,
             D=D,
+            z=z,
             dt_bias=dt_bias,
             dt_softplus=True,
             dt_limit=self.time_step_limit,
@@ -152,7 +161,9 @@ class Mamba2Mixer(nn.Module):
             dt,
             B.reshape(total, self.num_groups, self.state_size),
             C.reshape(total, self.num_groups, self.state_size),
+            z.reshape(total, self.num_heads, self.head_dim) if self.norm is None else None,
             packing,
             cache,
         )
-        return self.out_proj(self.norm(y.reshape(total, self.inner_size), z))
+        y = y.reshape(total, self.inner_size)
+        return self.out_proj(y if self.norm is None else self.norm(y, z))

@@ -189,8 +189,8 @@ def _set_implementations(model: PreTrainedModel, config: Any, before: list[Any],
     chosen, chosen_experts = config._attn_implementation, config._experts_implementation
     attends = any("Attention" in type(m).__name__ for m in owned)
     if attends and chosen not in ("sdpa", NAME):
-        why = "it can return attention weights" if chosen == "eager" else "it was chosen"
-        report.left[f"attention implementation {chosen}", why] += 1
+        because = "it can return attention weights" if chosen == "eager" else "it was chosen"
+        report.left[f"attention implementation {chosen}", because] += 1
     elif attends and chosen == "sdpa":
         report.replaced["attention implementation sdpa", "ops.flash_attn_func"] += 1
         config._attn_implementation = NAME

@@ -173,8 +173,8 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     rows = torch.arange(cos.shape[0] * length, dtype=torch.int32)
     if cos.shape[0] < batch:
         rows = rows.repeat(batch)
-    tables = (t[..., :half].reshape(-1, half) for t in (cos, sin))
-    return ops.rotary_embedding(x.flatten(0, 1), *tables, rows).view(x.shape)
+    cos, sin = (t[..., :half].reshape(-1, half) for t in (cos, sin))
+    return ops.rotary_embedding(x.flatten(0, 1), cos, sin, rows).view(x.shape)
 
 
 def covers(module: Any) -> str | None:
@@ -192,16 +192,10 @@ def layer(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """An attention layer of the Llama kind: queries and keys rotated in one pass each, the cache extended in place."""
-    if (
-        self.config._attn_implementation != NAME
-        or torch.compiler.is_compiling()
-        or not runs_here(hidden_states)
-    ):
+    if self.config._attn_implementation != NAME or torch.compiler.is_compiling() or not runs_here(hidden_states):
         if position_embeddings is not None:
             kwargs["position_embeddings"] = position_embeddings
-        return fallback(
-            self, hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
-        )
+        return fallback(self, hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
     batch, length, _ = hidden_states.shape
     q, k, v = (p(hidden_states).view(batch, length, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
     if hasattr(self, "q_norm"):

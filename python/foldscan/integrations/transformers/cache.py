@@ -30,10 +30,10 @@ class _Room:
 def append(cache: Any, layer_idx: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``cache.update(k, v, layer_idx)``: all keys and values (B, H, K, D), the new ones last."""
     layers = getattr(cache, "layers", ())
-    layer = layers[layer_idx] if layer_idx < len(layers) else None
+    layer: Any = layers[layer_idx] if layer_idx < len(layers) else None
     # Another kind of layer, a cache that offloads its layers, the prefill (whose memory may be all that is needed).
     if (
-        type(layer) is not DynamicLayer
+        layer.__class__ is not DynamicLayer
         or getattr(cache, "offloading", False)
         or not layer.is_initialized
         or layer.keys.numel() == 0

@@ -64,7 +64,7 @@ def mixer(
     if state is not None and length == 1:
         y = _step(self, state, x, dt, A, B, C, z)
     else:
-        y = ops.mamba_chunk_scan_combined(
+        scanned = ops.mamba_chunk_scan_combined(
             x,
             dt,
             A,
@@ -79,8 +79,10 @@ def mixer(
             return_final_states=cache_params is not None,
         )
         if cache_params is not None:
-            y, final = y
+            scanned, final = scanned
             cache_params.update_recurrent_state(final, layer_idx=self.layer_idx)
+        assert isinstance(scanned, torch.Tensor)
+        y = scanned
     y = y.flatten(2)
     if normed:
         y = self.norm(y, gate)

@@ -6,7 +6,6 @@ it. A fast ``forward`` that meets a case it does not cover calls the one it repl
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +15,13 @@ from torch import nn
 _ORIGINAL = "_foldscan_original"
 
 
-@functools.cache
-def faster(original_class: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
-    """The subclass of ``original_class`` whose forward is ``forward``."""
+_made: dict[tuple[Any, Any], Any] = {}
+
+
+def faster(original_class: Any, forward: Callable[..., Any]) -> Any:
+    """The subclass of ``original_class`` whose forward is ``forward``; the same one every time."""
+    if (original_class, forward) in _made:
+        return _made[original_class, forward]
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         # Pickle finds a class by its name, and this one has none in any module.
@@ -32,7 +35,8 @@ def faster(original_class: type[nn.Module], forward: Callable[..., Any]) -> type
         "__qualname__": original_class.__qualname__,
         _ORIGINAL: original_class,
     }
-    return type(original_class.__name__, (original_class,), members)
+    made = type(original_class.__name__, (original_class,), members)
+    return _made.setdefault((original_class, forward), made)
 
 
 def _rebuild(original_class: type[nn.Module], forward: Callable[..., Any]) -> nn.Module:
@@ -62,7 +66,7 @@ def runs_here(*tensors: torch.Tensor | None) -> bool:
     )
 
 
-def is_plain(linear: nn.Module) -> bool:
+def is_plain(linear: Any) -> bool:
     """True for a linear layer whose weight can be used without calling it: no adapter, no hook, no quantisation."""
     return (
         original(linear) is nn.Linear
