@@ -124,6 +124,20 @@ struct VP {
   FOLDSCAN_INLINE void store(bf16* p) const { std::memcpy(p, &v, 16); }
 };
 
+// Pairs (lo, hi) of values that are bf16 already.
+FOLDSCAN_INLINE VP pairs(VF lo, VF hi) {
+  return {((reinterpret_cast<int4>(lo.v) >> 16) & 0xffff) | reinterpret_cast<int4>(hi.v)};
+}
+
+struct VC {
+  int4 bit;
+  static FOLDSCAN_INLINE VC load(const uint8_t* p, int shift) {
+    const int4 nibble = int4{p[0] >> shift, p[1] >> shift, p[2] >> shift, p[3] >> shift} & 15;
+    return {(int4{} + 1) << nibble};
+  }
+  FOLDSCAN_INLINE VM in(int set) const { return {(bit & set) != 0}; }
+};
+
 FOLDSCAN_INLINE VF dot2(VF acc, VP a, VP b) {
   const int4 high = int4{} + static_cast<int32_t>(0xffff0000u);
   const VF a0{reinterpret_cast<float4>(a.v << 16)}, b0{reinterpret_cast<float4>(b.v << 16)};
