@@ -2,14 +2,10 @@
 #include "bindings/common.h"
 
 // Since PyTorch 2.11; with 2.10 the symbol is absent and the address null.
-extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void* data, int64_t ndim, const int64_t* sizes,
-                                                                const int64_t* strides, int64_t storage_offset,
-                                                                int32_t dtype, int32_t device_type,
-                                                                int32_t device_index, AtenTensorHandle* tensor,
-                                                                int32_t layout, const uint8_t* opaque_metadata,
-                                                                int64_t opaque_metadata_size,
-                                                                void (*deleter)(void* data, void* context),
-                                                                void* context);
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* tensor, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
 
 namespace foldscan::bindings {
 namespace {
@@ -41,8 +37,8 @@ Tensor empty(const int64_t* sizes, size_t dims, ScalarType dtype) {
   }
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
-      take_block(bytes), static_cast<int64_t>(dims), sizes, strides, 0, code, aoti_torch_device_type_cpu(),
-      -1, &handle, aoti_torch_layout_strided(), nullptr, 0, [](void* data, void*) { give_block(data); }, nullptr));
+      take_block(bytes), static_cast<int64_t>(dims), sizes, strides, 0, code, aoti_torch_device_type_cpu(), -1, &handle,
+      aoti_torch_layout_strided(), nullptr, 0, [](void* data, void*) { give_block(data); }, nullptr));
   return Tensor(handle);
 }
 

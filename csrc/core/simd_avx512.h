@@ -117,8 +117,7 @@ struct VC {
   __m512i bit;
   static FOLDSCAN_INLINE VC load(const uint8_t* p, int shift) {
     const __m512i c = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    const __m512i nibble =
-        _mm512_and_si512(_mm512_srl_epi32(c, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(15));
+    const __m512i nibble = _mm512_and_si512(_mm512_srl_epi32(c, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(15));
     return {_mm512_sllv_epi32(_mm512_set1_epi32(1), nibble)};
   }
   FOLDSCAN_INLINE VM in(int set) const { return {_mm512_test_epi32_mask(bit, _mm512_set1_epi32(set))}; }
