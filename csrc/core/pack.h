@@ -59,7 +59,18 @@ template <class S>
 void pack_b_rows(const S* src, int64_t ld, int64_t K, int64_t N, bf16* dst) {
   for (int64_t n = 0; n < N; n += kNR) {
     for (int64_t k = 0; k < K; k += 2, dst += 2 * kNR) {
-      for (int64_t i = 0; i < kNR; i += kLanes) {
+      int64_t i = 0;
+      if constexpr (sizeof(S) == 2) {
+        const int64_t whole = k + 1 < K ? imin(kNR, N - n) / (2 * kLanes) * (2 * kLanes) : 0;
+        for (; i < whole; i += 2 * kLanes) {
+          const S* p = src + k * ld + n + i;
+          VP low, high;
+          VP::zip(p, p + ld, low, high);
+          low.store(dst + 2 * i);
+          high.store(dst + 2 * i + 2 * kLanes);
+        }
+      }
+      for (; i < kNR; i += kLanes) {
         const int w = static_cast<int>(imax(0, imin(kLanes, N - n - i)));
         const S* p = src + k * ld + n + (w ? i : 0);
         if constexpr (sizeof(S) == 2) {
@@ -75,24 +86,36 @@ void pack_b_rows(const S* src, int64_t ld, int64_t K, int64_t N, bf16* dst) {
   }
 }
 
-// B given by columns (K contiguous): B[k][n] = src[n * ld + k]. Transposed in registers; bf16 moves pairs of k as one
-// 32-bit lane.
-template <class S>
-void pack_b_cols(const S* src, int64_t ld, int64_t K, int64_t N, float* dst) {
-  const int64_t panel = b_panel_size<float>(K);
-  for (int64_t n = 0; n < N; n += kNR, dst += panel)
-    for (int64_t i = 0; i < kNR; i += kLanes) {
-      const int64_t w = imax(0, imin(kLanes, N - n - i));
-      for (int64_t k = 0; k < K; k += kLanes) {
-        const int64_t nk = imin(kLanes, K - k);
-        VF t[kLanes];
-        for (int j = 0; j < kLanes; ++j) t[j] = j < w ? load_upto(src + (n + i + j) * ld + k, nk) : VF::zero();
-        transpose(t);
-        for (int j = 0; j < nk; ++j) t[j].store(dst + (k + j) * kNR + i);
-      }
-    }
+// One vector of columns of a panel from w columns of K contiguous elements, `ld` apart: transposed in registers. dst is
+// the vector's place in the first row of the panel; between() is called after each tile of the transpose.
+template <class S, class Between>
+FOLDSCAN_INLINE void pack_b_col_vector(const S* src, int64_t ld, int64_t K, int64_t w, float* dst,
+                                       const Between& between) {
+  int64_t k = 0;
+  for (; w == kLanes && k + kLanes <= K; k += kLanes) {
+    VF t[kLanes];
+    for (int j = 0; j < kLanes; ++j) t[j] = VF::load(src + j * ld + k);
+    transpose(t);
+    for (int j = 0; j < kLanes; ++j) t[j].store(dst + (k + j) * kNR);
+    between();
+  }
+  for (; k < K; k += kLanes) {
+    const int64_t nk = imin(kLanes, K - k);
+    VF t[kLanes];
+    for (int j = 0; j < kLanes; ++j) t[j] = j < w ? load_upto(src + j * ld + k, nk) : VF::zero();
+    transpose(t);
+    for (int j = 0; j < nk; ++j) t[j].store(dst + (k + j) * kNR);
+  }
 }
 
+// kLanes pairs of bf16; `elements` of them, the rest zero.
+FOLDSCAN_INLINE VF load_pairs(const bf16* p) { return VF::load(reinterpret_cast<const float*>(p)); }
+FOLDSCAN_INLINE VF load_pairs(const float* p) {
+  alignas(64) bf16 t[2 * kLanes];
+  VF::load(p).store(t);
+  VF::load(p + kLanes).store(t + kLanes);
+  return load_pairs(t);
+}
 FOLDSCAN_INLINE VF load_pairs(const bf16* p, int64_t elements) {
   if (elements >= 2 * kLanes) return VF::load(reinterpret_cast<const float*>(p));
   alignas(64) bf16 t[2 * kLanes] = {};
@@ -106,20 +129,39 @@ FOLDSCAN_INLINE VF load_pairs(const float* p, int64_t elements) {
   return VF::load(reinterpret_cast<const float*>(t));
 }
 
-template <class S>
-void pack_b_cols(const S* src, int64_t ld, int64_t K, int64_t N, bf16* dst) {
-  const int64_t panel = b_panel_size<bf16>(K);
+// bf16 moves pairs of k as one 32-bit lane.
+template <class S, class Between>
+FOLDSCAN_INLINE void pack_b_col_vector(const S* src, int64_t ld, int64_t K, int64_t w, bf16* dst,
+                                       const Between& between) {
+  int64_t k = 0;
+  for (; w == kLanes && k + 2 * kLanes <= K; k += 2 * kLanes) {
+    VF t[kLanes];
+    for (int j = 0; j < kLanes; ++j) t[j] = load_pairs(src + j * ld + k);
+    transpose(t);
+    for (int j = 0; j < kLanes; ++j) t[j].store(reinterpret_cast<float*>(dst + (k + 2 * j) * kNR));
+    between();
+  }
+  for (; k < K; k += 2 * kLanes) {
+    const int64_t nk = imin(2 * kLanes, K - k);
+    VF t[kLanes];
+    for (int j = 0; j < kLanes; ++j) t[j] = j < w ? load_pairs(src + j * ld + k, nk) : VF::zero();
+    transpose(t);
+    for (int j = 0; j < ceil_div(nk, 2); ++j) t[j].store(reinterpret_cast<float*>(dst + (k + 2 * j) * kNR));
+  }
+}
+
+// B given by columns (K contiguous): B[k][n] = src[n * ld + k]. Panels may be those of a longer K, of which these are
+// some rows.
+template <class S, class T>
+void pack_b_cols(const S* src, int64_t ld, int64_t K, int64_t N, T* dst, int64_t panel) {
   for (int64_t n = 0; n < N; n += kNR, dst += panel)
-    for (int64_t i = 0; i < kNR; i += kLanes) {
-      const int64_t w = imax(0, imin(kLanes, N - n - i));
-      for (int64_t k = 0; k < K; k += 2 * kLanes) {
-        const int64_t nk = imin(2 * kLanes, K - k);
-        VF t[kLanes];
-        for (int j = 0; j < kLanes; ++j) t[j] = j < w ? load_pairs(src + (n + i + j) * ld + k, nk) : VF::zero();
-        transpose(t);
-        for (int j = 0; j < ceil_div(nk, 2); ++j) t[j].store(reinterpret_cast<float*>(dst + (k + 2 * j) * kNR + 2 * i));
-      }
-    }
+    for (int64_t i = 0; i < kNR; i += kLanes)
+      pack_b_col_vector(src + (n + i) * ld, ld, K, imax(0, imin(kLanes, N - n - i)), dst + i * kK<T>, [] {});
+}
+
+template <class S, class T>
+void pack_b_cols(const S* src, int64_t ld, int64_t K, int64_t N, T* dst) {
+  pack_b_cols(src, ld, K, N, dst, b_panel_size<T>(K));
 }
 
 // B[k][n] = src[k * k_stride + n * n_stride], one of the strides being 1. dst: b_packed_size<T>(K, N) elements.

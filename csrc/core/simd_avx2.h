@@ -60,6 +60,7 @@ struct VF {
     const __m256i i = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(127));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(i, 23))};
   }
+  FOLDSCAN_INLINE VF times_exp2(VF n) const { return *this * n.exp2_int(); }
   FOLDSCAN_INLINE VF exponent() const {
     const __m256i e = _mm256_srli_epi32(_mm256_castps_si256(v), 23);
     return {_mm256_cvtepi32_ps(_mm256_sub_epi32(e, _mm256_set1_epi32(127)))};
@@ -118,6 +119,12 @@ struct VP {
       if (b) t[2 * i + 1] = b[i];
     }
     return load(t);
+  }
+  static FOLDSCAN_INLINE void zip(const bf16* a, const bf16* b, VP& low, VP& high) {
+    const __m256i x = load(a).v, y = load(b).v;
+    const __m256i l = _mm256_unpacklo_epi16(x, y), h = _mm256_unpackhi_epi16(x, y);
+    low = {_mm256_permute2x128_si256(l, h, 0x20)};
+    high = {_mm256_permute2x128_si256(l, h, 0x31)};
   }
   FOLDSCAN_INLINE void store(bf16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 };

@@ -50,6 +50,8 @@ struct VF {
     const __m512i i = _mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(127));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(i, 23))};
   }
+  // This times 2^n for integral n in [-126, 127].
+  FOLDSCAN_INLINE VF times_exp2(VF n) const { return {_mm512_scalef_ps(v, n.v)}; }
   // x = mantissa * 2^exponent with mantissa in [1, 2), for positive normal x.
   FOLDSCAN_INLINE VF exponent() const {
     const __m512i e = _mm512_srli_epi32(_mm512_castps_si512(v), 23);
@@ -104,6 +106,15 @@ struct VP {
     if (!b) return {lo};
     const __m512i hi = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, b));
     return {_mm512_or_si512(lo, _mm512_slli_epi32(hi, 16))};
+  }
+  // Pairs (a[i], b[i]) for i < 2 kLanes.
+  static FOLDSCAN_INLINE void zip(const bf16* a, const bf16* b, VP& low, VP& high) {
+    const __m512i first =
+        _mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    const __m512i index = _mm512_or_si512(first, _mm512_slli_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(32)), 16));
+    const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+    low = {_mm512_permutex2var_epi16(x, index, y)};
+    high = {_mm512_permutex2var_epi16(x, _mm512_add_epi16(index, _mm512_set1_epi16(16)), y)};
   }
   FOLDSCAN_INLINE void store(bf16* p) const { _mm512_storeu_si512(p, v); }
 };

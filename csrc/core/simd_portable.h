@@ -64,6 +64,7 @@ struct VF {
   FOLDSCAN_INLINE VF exp2_int() const {
     return {reinterpret_cast<float4>((__builtin_convertvector(v, int4) + 127) << 23)};
   }
+  FOLDSCAN_INLINE VF times_exp2(VF n) const { return *this * n.exp2_int(); }
   FOLDSCAN_INLINE VF exponent() const {
     return {__builtin_convertvector((reinterpret_cast<int4>(v) >> 23) - 127, float4)};
   }
@@ -120,6 +121,10 @@ struct VP {
       if (b) t[2 * i + 1] = b[i];
     }
     return load(t);
+  }
+  static FOLDSCAN_INLINE void zip(const bf16* a, const bf16* b, VP& low, VP& high) {
+    low = interleave(a, b, kLanes);
+    high = interleave(a + kLanes, b + kLanes, kLanes);
   }
   FOLDSCAN_INLINE void store(bf16* p) const { std::memcpy(p, &v, 16); }
 };

@@ -6,6 +6,8 @@
 #include <cstring>
 
 #define FOLDSCAN_INLINE inline __attribute__((always_inline))
+// Before the body of a lambda: always inlined.
+#define FOLDSCAN_LAMBDA __attribute__((always_inline))
 
 namespace foldscan {
 

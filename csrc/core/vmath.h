@@ -1,5 +1,6 @@
-// Vector elementary functions on VF. Errors are in units in the last place (ulp) of fp32, measured against fp64 over
-// the stated range by tests/cpp/test_vmath.cpp, which fails when one is exceeded.
+// Vector elementary functions on VF, and some on VW (four in step), V being either. Errors are in units in the last
+// place (ulp) of fp32, measured against fp64 over the stated range by tests/cpp/test_vmath.cpp, which fails when one is
+// exceeded.
 //
 //   vexp        2 ulp on [-87.3, 88.7]; 0 below (also for -inf), +inf above; NaN stays NaN
 //   vexp_neg    the same for x <= 0 only, without the overflow branch: exact 1 at 0, exact 0 at -inf
@@ -11,37 +12,40 @@
 //   verfc       relative error 2e-5 down to the underflow at x = 9.3, 6 ulp on [-1, 1]
 #pragma once
 
-#include "core/simd.h"
+#include "core/wide.h"
 
 namespace foldscan::FOLDSCAN_ISA {
 
 // exp(r) for |r| <= ln(2)/2: the Taylor polynomial of degree 7, whose remainder is 5e-9.
-FOLDSCAN_INLINE VF exp_reduced(VF r) {
-  VF p = VF::set(1.0f / 5040);
-  p = fma(p, r, VF::set(1.0f / 720));
-  p = fma(p, r, VF::set(1.0f / 120));
-  p = fma(p, r, VF::set(1.0f / 24));
-  p = fma(p, r, VF::set(1.0f / 6));
-  p = fma(p, r, VF::set(0.5f));
-  p = fma(p, r, VF::set(1.0f));
-  return fma(p, r, VF::set(1.0f));
+template <class V>
+FOLDSCAN_INLINE V exp_reduced(V r) {
+  V p = V::set(1.0f / 5040);
+  p = fma(p, r, V::set(1.0f / 720));
+  p = fma(p, r, V::set(1.0f / 120));
+  p = fma(p, r, V::set(1.0f / 24));
+  p = fma(p, r, V::set(1.0f / 6));
+  p = fma(p, r, V::set(0.5f));
+  p = fma(p, r, V::set(1.0f));
+  return fma(p, r, V::set(1.0f));
 }
 
 // x = n ln2 + r, with ln2 split in a 12-bit head (n * head is exact) and the rest.
-FOLDSCAN_INLINE VF exp_reduce(VF x, VF& n) {
-  n = vround(x * VF::set(1.44269504089f));
-  const VF r = fnma(n, VF::set(0.693359375f), x);
-  return fnma(n, VF::set(-2.12194440e-4f), r);
+template <class V>
+FOLDSCAN_INLINE V exp_reduce(V x, V& n) {
+  n = vround(x * V::set(1.44269504089f));
+  const V r = fnma(n, V::set(0.693359375f), x);
+  return fnma(n, V::set(-2.12194440e-4f), r);
 }
 
 constexpr float kExpMin = -87.3365448f;  // below, the result would be denormal
 constexpr float kExpMax = 88.7228394f;
 
-FOLDSCAN_INLINE VF vexp_neg(VF x) {
-  VF n;
-  const VF r = exp_reduce(vmax(VF::set(kExpMin), x), n);
-  const VF y = exp_reduced(r) * n.exp2_int();
-  return select(x < VF::set(kExpMin), VF::zero(), y);
+template <class V>
+FOLDSCAN_INLINE V vexp_neg(V x) {
+  V n;
+  const V r = exp_reduce(vmax(V::set(kExpMin), x), n);
+  const V y = exp_reduced(r).times_exp2(n);
+  return select(x < V::set(kExpMin), V::zero(), y);
 }
 
 FOLDSCAN_INLINE VF vexp(VF x) {
@@ -93,18 +97,26 @@ FOLDSCAN_INLINE VF vlog1p01(VF u) {
 // log(1 + e^x) = max(x, 0) + log1p(e^-|x|).
 FOLDSCAN_INLINE VF vsoftplus(VF x) { return vmax(VF::zero(), x) + vlog1p01(vexp_neg(-vabs(x))); }
 
-FOLDSCAN_INLINE VF vsigmoid(VF x) {
-  const VF e = vexp_neg(-vabs(x));
-  const VF one = VF::set(1.0f);
-  return select(x < VF::zero(), e, one) / (one + e);
+// 1 / (1 + e^-x) keeps its relative precision at both ends, for nothing cancels in 1 + e^-x; beyond 60 it is lost
+// beside 1. The clamps let a NaN through.
+template <class V>
+FOLDSCAN_INLINE V vsigmoid(V x) {
+  const V lowest = V::set(kExpMin), one = V::set(1.0f);
+  V n;
+  const V r = exp_reduce(-vmin(V::set(60.0f), vmax(lowest, x)), n);
+  return select(x < lowest, V::zero(), one / (one + exp_reduced(r).times_exp2(n)));
 }
 
-FOLDSCAN_INLINE VF vsilu(VF x) { return x * vsigmoid(x); }
+template <class V>
+FOLDSCAN_INLINE V vsilu(V x) {
+  return x * vsigmoid(x);
+}
 
 // d silu / dx = sigmoid(x) (1 + x (1 - sigmoid(x))).
-FOLDSCAN_INLINE VF vsilu_grad(VF x) {
-  const VF s = vsigmoid(x);
-  return s * fma(x, VF::set(1.0f) - s, VF::set(1.0f));
+template <class V>
+FOLDSCAN_INLINE V vsilu_grad(V x) {
+  const V s = vsigmoid(x);
+  return s * fma(x, V::set(1.0f) - s, V::set(1.0f));
 }
 
 // Below 0.6 a truncation of Lambert's continued fraction (error 1e-10 there), above it the exponential form.

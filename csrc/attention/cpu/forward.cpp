@@ -12,53 +12,15 @@
 //   (pairs for bf16, anchored at even keys), l_b a fixed lane pattern; a masked key adds exactly 0, a block without
 //   visible keys is an exact identity. So the same bits come out in prefill, in pieces, one token at a time, from
 //   pages, alone or in a batch, with any number of threads.
-#include "attention/cpu/tiles.h"
+#include "attention/cpu/blocks.h"
 
 namespace foldscan::FOLDSCAN_ISA::attention {
 namespace {
 
-constexpr int64_t kBlockKeys = 256;
 constexpr int64_t kTileRows = 96;
-constexpr int64_t kUnitTiles = 4;  // tiles of a unit at most: 384 rows amortise the packing of a block
-constexpr int64_t kSplitFloats = 2 << 20;
-
-template <class T>
-struct PackedBlock {
-  T *k, *v;
-  int64_t lo;  // first key, counted from the block's start
-  int64_t k_panel, v_panel;
-};
-
-template <class T>
-PackedBlock<T> new_block(const Problem& p, Scratch& scratch) {
-  return {scratch.get<T>(b_packed_size<T>(p.D, kBlockKeys)), scratch.get<T>(b_packed_size<T>(kBlockKeys, p.Dv)), 0, 0,
-          0};
-}
-
-// Rows of one head are too far apart for the hardware's prefetcher; while decoding they come from memory.
-template <class T>
-void prefetch(const Rows<T>& rows, int64_t count, int64_t dim) {
-  for (int64_t j = 0; j < count; ++j)
-    for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T)))
-      __builtin_prefetch(rows.p + j * rows.stride + d);
-}
-
-template <class T>
-void pack_block(const Problem& p, const Pair& pair, int64_t block, Keys keys, PackedBlock<T>& to) {
-  Scratch scratch;
-  const int64_t count = keys.hi - keys.lo;
-  T* gather_k = p.block_table ? scratch.get<T>(count * p.D) : nullptr;
-  T* gather_v = p.block_table ? scratch.get<T>(count * p.Dv) : nullptr;
-  const Rows<T> k = key_rows(p, pair, false, block + keys.lo, count, gather_k);
-  prefetch(k, count, p.D);
-  const Rows<T> v = key_rows(p, pair, true, block + keys.lo, count, gather_v);
-  prefetch(v, count, p.Dv);
-  pack_b_cols(k.p, k.stride, p.D, count, to.k);
-  pack_b_rows(v.p, v.stride, count, p.Dv, to.v);
-  to.lo = keys.lo;
-  to.k_panel = b_panel_size<T>(p.D);
-  to.v_panel = b_panel_size<T>(count);
-}
+constexpr int64_t kUnitTiles = 4;           // tiles of a unit at most: 384 rows amortise the packing of a block
+constexpr int64_t kWaveFloats = 2 << 20;    // states of the sequences that are split at a time: they stay in L3
+constexpr int64_t kSplitFloats = 16 << 20;  // states of one sequence at most
 
 // One row of scores, keys [lo, hi) of `width` visible: probabilities relative to the row's maximum (in units of log2),
 // zero elsewhere up to a full vector. s and prob may be the same memory.
@@ -128,13 +90,12 @@ TileScratch<T> new_tile(Scratch& scratch) {
   return t;
 }
 
-// State of `rows` rows (q, kTileRows at most) against the keys `keys` of one block.
+// State of `rows` rows (q, kTileRows at most) against the keys `keys` of the block, of which kv holds those from lo on.
 template <class T>
 void block_state(const Problem& p, const Pair& pair, int64_t first_row, int64_t rows, const T* q, int64_t ldq,
-                 int64_t block, Keys keys, const PackedBlock<T>& kv, const TileScratch<T>& t, const State& out) {
+                 int64_t block, Keys keys, int64_t lo, Block<T>& kv, const TileScratch<T>& t, const State& out) {
   const int64_t width = keys.hi - keys.lo;
-  const T* k = kv.k + (keys.lo - kv.lo) / kNR * kv.k_panel;
-  multiply<T>(rows, width, p.D, q, ldq, k, kv.k_panel, t.s, kBlockKeys);
+  kv.scores(rows, keys.lo - lo, width, q, ldq, t.s);
   const int64_t origin = block + keys.lo;
   Keys seen{};
   for (int64_t i = 0; i < rows; ++i) {
@@ -142,7 +103,7 @@ void block_state(const Problem& p, const Pair& pair, int64_t first_row, int64_t 
     softmax_row(p, t.s + i * kBlockKeys, imax(seen.lo - origin, 0), imin(seen.hi - origin, width), width,
                 t.prob + i * kBlockKeys, out.m[i], out.l[i]);
   }
-  multiply<T>(rows, p.Dv, width, t.prob, kBlockKeys, kv.v + (keys.lo - kv.lo) * kNR, kv.v_panel, out.o, p.Dv);
+  kv.mix(rows, keys.lo - lo, width, t.prob, out.o);
 }
 
 // Adds the state of the next block. Weights are computed for vectors of rows, lane by lane.
@@ -265,17 +226,17 @@ void run_unit(const Forward& f, const Units::Unit& u) {
     clear_state(p, imin(kTileRows, u.rows - t * kTileRows), state_at(states + t * floats, kTileRows));
   const State fresh = state_at(scratch.get<float>(floats), kTileRows);
   const TileScratch<T> tile = new_tile<T>(scratch);
-  PackedBlock<T> kv = new_block<T>(p, scratch);
+  Block<T> kv(p, u.pair, u.rows, scratch);
   for (int64_t b = u.block0; b < u.block1; ++b) {
     const int64_t block = b * kBlockKeys;
     const Keys all = keys_in_block(p, u.pair, u.first, u.rows, block, kBlockKeys);
     if (all.hi <= all.lo) continue;
-    pack_block(p, u.pair, block, all, kv);
+    kv.open(block + all.lo, all.hi - all.lo, {u.pair, block + all.hi});
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t first = u.first + t * kTileRows, rows = imin(kTileRows, u.first + u.rows - first);
       const Keys keys = keys_in_block(p, u.pair, first, rows, block, kBlockKeys);
       if (keys.hi <= keys.lo) continue;
-      block_state(p, u.pair, first, rows, q + t * kTileRows * ldq, ldq, block, keys, kv, tile, fresh);
+      block_state(p, u.pair, first, rows, q + t * kTileRows * ldq, ldq, block, keys, all.lo, kv, tile, fresh);
       merge_state<T>(p, rows, state_at(states + t * floats, kTileRows), fresh);
     }
   }
@@ -284,35 +245,86 @@ void run_unit(const Forward& f, const Units::Unit& u) {
               state_at(states + t * floats, kTileRows));
 }
 
-// Units of one tile; first all (unit, block) states, then the merges.
+// Rows of a unit against one block of keys.
+struct Task {
+  int64_t unit, block;
+};
+
+// Sequences [s0, s1), units of one tile: first all (unit, block) states, then the merges. All heads of a block come one
+// after another: together their keys lie without gaps, which spares page walks.
 template <class T>
-void run_split(const Forward& f, const Units& units, int64_t capacity, const int64_t* first_state, float* states) {
+void run_split(const Forward& f, const Units& units, int64_t s0, int64_t s1, int64_t capacity, int64_t total) {
   const Problem& p = f.p;
-  const int64_t floats = state_floats(p, capacity);
-  parallel_for(first_state[units.count], grain_for(capacity * kBlockKeys * p.D / 8), [&](int64_t task) {
-    const int64_t index = find_sequence(first_state, units.count, task);
-    const Units::Unit u = units[index];
-    const int64_t block = (u.block0 + task - first_state[index]) * kBlockKeys;
-    const State out = state_at(states + task * floats, capacity);
+  const int64_t floats = state_floats(p, capacity), u0 = units.starts[s0], u1 = units.starts[s1];
+  Scratch shared;
+  float* states = shared.get<float>(total * floats);
+  Task* tasks = shared.get<Task>(total);
+  int64_t* first_state = shared.get<int64_t>(u1 - u0 + 1);
+  first_state[0] = 0;
+  for (int64_t u = u0; u < u1; ++u) first_state[u - u0 + 1] = first_state[u - u0] + units[u].block1 - units[u].block0;
+  for (int64_t s = s0, n = 0; s < s1; ++s)
+    for (int64_t b = 0, left = 1; left > 0; ++b) {
+      left = 0;
+      for (int64_t u = units.starts[s]; u < units.starts[s + 1]; ++u) {
+        const Units::Unit unit = units[u];
+        left += imax(0, unit.block1 - 1 - b);
+        if (b >= unit.block0 && b < unit.block1) tasks[n++] = {u, b};
+      }
+    }
+  parallel_for(total, imax(1, imin(p.Hkv, total / (4 * num_threads()))), [&](int64_t i) {
+    const Task task = tasks[i];
+    const Units::Unit u = units[task.unit];
+    const int64_t block = task.block * kBlockKeys;
+    const State out = state_at(states + (first_state[task.unit - u0] + task.block - u.block0) * floats, capacity);
     const Keys keys = keys_in_block(p, u.pair, u.first, u.rows, block, kBlockKeys);
     if (keys.hi <= keys.lo) return clear_state(p, u.rows, out);
+    const Task next = tasks[imin(i + 1, total - 1)];
     Scratch scratch;
     const int64_t ldq = round_up(p.D, kK<T>);
     T* q = scratch.get<T>(u.rows * ldq);
     load_queries(p, u, q, ldq);
-    PackedBlock<T> kv = new_block<T>(p, scratch);
-    pack_block(p, u.pair, block, keys, kv);
-    block_state(p, u.pair, u.first, u.rows, q, ldq, block, keys, kv, new_tile<T>(scratch), out);
+    Block<T> kv(p, u.pair, u.rows, scratch);
+    kv.open(block + keys.lo, keys.hi - keys.lo, {units[next.unit].pair, next.block * kBlockKeys});
+    block_state(p, u.pair, u.first, u.rows, q, ldq, block, keys, keys.lo, kv, new_tile<T>(scratch), out);
   });
-  parallel_for(units.count, grain_for(p.Dv * units.rows), [&](int64_t i) {
-    const Units::Unit u = units[i];
+  parallel_for(u1 - u0, grain_for(total / (u1 - u0) * floats / 8), [&](int64_t i) {
+    const Units::Unit u = units[u0 + i];
     Scratch scratch;
     const State sum = state_at(scratch.get<float>(floats), capacity);
     clear_state(p, u.rows, sum);
-    for (int64_t task = first_state[i]; task < first_state[i + 1]; ++task)
-      merge_state<T>(p, u.rows, sum, state_at(states + task * floats, capacity));
+    for (int64_t t = first_state[i]; t < first_state[i + 1]; ++t)
+      merge_state<T>(p, u.rows, sum, state_at(states + t * floats, capacity));
     finish<T>(f, u.pair, u.first, u.rows, sum);
   });
+}
+
+// Splits the keys where that pays: few rows against many keys. False where it does not.
+template <class T>
+bool split(const Forward& f, const Units& units) {
+  const Problem& p = f.p;
+  Scratch scratch;
+  int64_t* blocks = scratch.get<int64_t>(p.n);  // of all units of a sequence
+  int64_t capacity = 0, total = 0, most = 0;
+  for (int64_t s = 0; s < p.n; ++s) {
+    blocks[s] = 0;
+    for (int64_t i = units.starts[s]; i < units.starts[s + 1]; ++i) {
+      const Units::Unit u = units[i];
+      blocks[s] += u.block1 - u.block0;
+      capacity = imax(capacity, u.rows);
+    }
+    total += blocks[s];
+    most = imax(most, blocks[s]);
+  }
+  const int64_t floats = state_floats(p, capacity);
+  const bool decoding = p.cu_q[p.n] * p.Hq <= kFewRows * units.count, idle = units.count < 2 * num_threads();
+  if (!(decoding || (idle && num_threads() > 1)) || total == units.count || most * floats > kSplitFloats) return false;
+  for (int64_t s = 0; s < p.n;) {
+    int64_t end = s, sum = 0;
+    while (end < p.n && (end == s || (sum + blocks[end]) * floats <= kWaveFloats)) sum += blocks[end++];
+    run_split<T>(f, units, s, end, capacity, sum);
+    s = end;
+  }
+  return true;
 }
 
 template <class T>
@@ -321,21 +333,8 @@ void run(const Forward& f) {
   Scratch scratch;
   int64_t* starts = scratch.get<int64_t>(p.n + 1);
   const Units units = make_units(p, kTileRows, starts);
-  const int64_t threads = num_threads();
-  if (threads > 1 && units.count < 2 * threads) {
-    int64_t* first_state = scratch.get<int64_t>(units.count + 1);
-    first_state[0] = 0;
-    int64_t capacity = 0;
-    for (int64_t i = 0; i < units.count; ++i) {
-      const Units::Unit u = units[i];
-      first_state[i + 1] = first_state[i] + u.block1 - u.block0;
-      capacity = imax(capacity, u.rows);
-    }
-    const int64_t total = first_state[units.count], floats = total * state_floats(p, capacity);
-    if (total > units.count && floats <= kSplitFloats)
-      return run_split<T>(f, units, capacity, first_state, scratch.get<float>(floats));
-  }
-  const int64_t tiles = imax(1, imin(kUnitTiles, units.count / (4 * threads)));
+  if (split<T>(f, units)) return;
+  const int64_t tiles = imax(1, imin(kUnitTiles, units.count / (4 * num_threads())));
   const Units larger = make_units(p, tiles * kTileRows, starts);
   // The last units of a causal problem are the longest: they go first.
   const int64_t keys = p.n ? p.cu_k[p.n] / p.n : 0;

@@ -86,20 +86,28 @@ struct Rows {
   int64_t stride;
 };
 
+// The row of a key, or of its value, and how many rows from there on lie at the same stride.
 template <class T>
-Rows<T> key_rows(const Problem& p, const Pair& pair, bool values, int64_t first, int64_t count, T* gather) {
+FOLDSCAN_INLINE const T* key_row(const Problem& p, const Pair& pair, bool values, int64_t key, int64_t& run) {
   const T* base = static_cast<const T*>(values ? p.v : p.k) + pair.head * (values ? p.v_head : p.k_head);
   const int64_t row = values ? p.v_row : p.k_row;
-  if (!p.block_table) return {base + (pair.k0 + first) * row, row};
-  const int32_t* table = p.block_table + pair.seq * p.table_stride;
-  const int64_t page = values ? p.v_page : p.k_page, dim = values ? p.Dv : p.D;
-  const int64_t slot = first % p.page_size;
-  if (slot + count <= p.page_size) return {base + table[first / p.page_size] * page + slot * row, row};
-  for (int64_t j = 0; j < count; ++j) {
-    const int64_t key = first + j;
-    const T* src = base + table[key / p.page_size] * page + key % p.page_size * row;
-    std::memcpy(gather + j * dim, src, static_cast<size_t>(dim) * sizeof(T));
+  if (!p.block_table) {
+    run = pair.Lk - key;
+    return base + (pair.k0 + key) * row;
   }
+  const int64_t page = key / p.page_size, slot = key % p.page_size;
+  run = p.page_size - slot;
+  return base + p.block_table[pair.seq * p.table_stride + page] * (values ? p.v_page : p.k_page) + slot * row;
+}
+
+template <class T>
+Rows<T> key_rows(const Problem& p, const Pair& pair, bool values, int64_t first, int64_t count, T* gather) {
+  const int64_t dim = values ? p.Dv : p.D;
+  int64_t run;
+  const T* rows = key_row<T>(p, pair, values, first, run);
+  if (count <= run) return {rows, values ? p.v_row : p.k_row};
+  for (int64_t j = 0; j < count; ++j)
+    std::memcpy(gather + j * dim, key_row<T>(p, pair, values, first + j, run), static_cast<size_t>(dim) * sizeof(T));
   return {gather, dim};
 }
 

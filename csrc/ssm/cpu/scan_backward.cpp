@@ -21,11 +21,23 @@
 namespace foldscan::FOLDSCAN_ISA::ssm {
 namespace {
 
-constexpr int64_t kBlockHeads = 8;  // fixed: the sums over a group's heads are grouped by it
+// Heads of a task. The sums over a group's heads are grouped by it, so it must not depend on the threads: at least four
+// tasks a sequence, and enough heads to share the products of the group.
+FOLDSCAN_INLINE int64_t block_heads(int64_t H) { return imin(8, ceil_div(H, 4)); }
 
-FOLDSCAN_INLINE float dot(const float* a, const float* b, int64_t n) {
+// So many heads lie side by side in one product over (head, channel) for dB and dC: the sums are read and written once
+// for all of them, and the operands still fit L2.
+constexpr int64_t kSideBySide = 4;
+
+// <a, b> over n elements, a multiple of kLanes; then a *= scale.
+template <class S>
+FOLDSCAN_INLINE float dot_then_scale(float* a, const S* b, int64_t n, float scale) {
   VF sum = VF::zero();
-  for (int64_t i = 0; i < n; i += kLanes) sum = fma(load_upto(a + i, n - i), load_upto(b + i, n - i), sum);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const VF v = VF::load(a + i);
+    sum = fma(v, VF::load(b + i), sum);
+    (v * VF::set(scale)).store(a + i);
+  }
   return reduce_add(sum);
 }
 
@@ -35,7 +47,7 @@ struct Task {
   const ScanBackward& p;
   Segment seg;
   int64_t g, h0, heads, ld;  // ld: padded P
-  float* states;             // (heads, chunks, N, ld): state at each chunk's start
+  T* states;                 // (heads, chunks, N, ld): state at each chunk's start
   float* grad_state;         // (heads, N, ld): dL/dS flowing backwards
   float* dB_part;            // (T, N) fp32 of this block of heads
   float* dC_part;
@@ -44,7 +56,7 @@ struct Task {
   float* dD_sum;     // (heads, ld)
 };
 
-// States at the start of every chunk, by the forward recursion.
+// States at the start of every chunk, by the forward recursion in fp32.
 template <class T>
 void recompute_states(const Task<T>& k, int64_t chunks) {
   const ScanInputs& in = k.p.in;
@@ -52,41 +64,67 @@ void recompute_states(const Task<T>& k, int64_t chunks) {
   Scratch scratch;
   float* w = scratch.get<float>(kChunk * kChunk);
   Decay* d = scratch.get<Decay>(1);
+  float* states = scratch.get<float>(k.heads * size);
   for (int64_t j = 0; j < k.heads; ++j)
     load_state(k.p.initial_states && k.seg.initial_row >= 0
                    ? k.p.initial_states + ((k.seg.initial_row * in.H + k.h0 + j) * P) * N
                    : nullptr,
-               P, N, k.states + j * chunks * size, k.ld);
-  for (int64_t c = 0; c + 1 < chunks; ++c) {
-    const int64_t t = k.seg.begin + c * kChunk;
+               P, N, states + j * size, k.ld);
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t t = k.seg.begin + c * kChunk, q = imin(kChunk, k.seg.end - t);
     Scratch inner;
     GroupChunk<T> group{nullptr, inner.get<T>(N * kChunk)};
-    transpose_copy(static_cast<const T*>(in.B) + t * in.B_stride + k.g * N, in.B_stride, kChunk, N, group.b_columns,
-                   kChunk);
+    if (c + 1 < chunks)
+      transpose_copy(static_cast<const T*>(in.B) + t * in.B_stride + k.g * N, in.B_stride, kChunk, N, group.b_columns,
+                     kChunk);
     for (int64_t j = 0; j < k.heads; ++j) {
       const int64_t h = k.h0 + j;
-      float* state = k.states + (j * chunks + c) * size;
-      load_delta(in, in.dt + t * in.H, in.H, h, kChunk, d->delta);
-      fill_decay(in.A[h], kChunk, kChunk, *d, w);
-      for (int64_t i = 0; i < size; i += kLanes) VF::load(state + i).store(state + size + i);
-      chunk_state(group, static_cast<const T*>(in.x) + t * in.x_stride + h * P, in.x_stride, *d, kChunk, N, P,
-                  state + size, k.ld);
+      float* state = states + j * size;
+      load_delta(in, in.dt + t * in.H, in.H, h, q, d->delta);
+      fill_decay(in.A[h], q, q, *d, w);
+      T* kept = k.states + (j * chunks + c) * size;
+      const VF total = VF::set(d->total);
+      for (int64_t i = 0; i < size; i += kLanes) {
+        const VF v = VF::load(state + i);
+        v.store(kept + i);
+        (v * total).store(state + i);
+      }
+      if (c + 1 < chunks)
+        add_tokens(group, static_cast<const T*>(in.x) + t * in.x_stride + h * P, in.x_stride, *d, kChunk, N, P, state,
+                   k.ld);
     }
   }
 }
 
-// Rows scaled by a weight each, as a product's A operand or packed B operand.
+// dst[i] = weights[i] src[i] for rows of `width`, zero up to `padded`.
 template <class T>
-Rows<T> scaled_rows(const float* src, int64_t ld, int64_t rows, int64_t width, const float* weights, Scratch& scratch) {
-  const int64_t ld_out = round_up(width, kK<T>);
-  T* dst = scratch.get<T>(rows * ld_out);
+void scale_rows(const float* src, int64_t ld, int64_t rows, int64_t width, const float* weights, T* dst, int64_t ld_dst,
+                int64_t padded) {
   for (int64_t i = 0; i < rows; ++i) {
     const VF weight = VF::set(weights[i]);
-    for (int64_t c = 0; c < ld_out; c += kLanes)
-      store_upto(load_upto(src + i * ld + c, width - c) * weight, dst + i * ld_out + c, ld_out - c);
+    for (int64_t c = 0; c < padded; c += kLanes)
+      store_upto(load_upto(src + i * ld + c, width - c) * weight, dst + i * ld_dst + c, padded - c);
   }
-  return {dst, ld_out};
 }
+
+// The operands of sum_heads rows_h^T state_h over (head, channel), for a few heads side by side.
+template <class T>
+struct SideBySide {
+  T *rows, *states;
+  int64_t ld, K, panel;
+  SideBySide(int64_t q, int64_t heads, int64_t ld_p, int64_t N, Scratch& scratch)
+      : ld(heads * ld_p), K(ld), panel(b_panel_size<T>(ld)) {
+    rows = scratch.get<T>(q * ld);
+    states = scratch.get<T>(b_packed_size<T>(ld, N));
+  }
+  // Place of a head.
+  T* rows_of(int64_t place, int64_t ld_p) { return rows + place * ld_p; }
+  T* states_of(int64_t place, int64_t ld_p) { return states + place * ld_p * kNR; }
+  // c (q x N) (+)= the product of the first `places` heads.
+  void product(int64_t q, int64_t N, int64_t places, int64_t ld_p, float* c, int64_t ldc, bool accumulate) const {
+    gemm_block<T>(q, N, places * ld_p, rows, ld, kK<T>, states, kNR * kK<T>, panel, c, ldc, accumulate);
+  }
+};
 
 // a (M x K rows) times packed b: a convenience for products that are not triangular.
 template <class T>
@@ -146,6 +184,8 @@ void run_chunk(const Task<T>& k, int64_t c, int64_t chunks) {
   float* wt = scratch.get<float>(kChunk * kChunk);
   float* dxt = scratch.get<float>(kChunk * kChunk);  // [s][l] = dY_l . X_s, then E^T
   T* scores = scratch.get<T>(kChunk * kChunk);       // [s][l] = (C_l . B_s) w
+  const int64_t side = imin(kSideBySide, k.heads);
+  SideBySide<T> for_dc(q, side, ld, N, scratch), for_db(q, side, ld, N, scratch);
   float *x32 = scratch.get<float>(q * ld), *dy = scratch.get<float>(q * ld), *br = scratch.get<float>(q * ld);
   float *gb = scratch.get<float>(q * ld), *sc = scratch.get<float>(q * ld);
   Decay* d = scratch.get<Decay>(1);
@@ -154,7 +194,7 @@ void run_chunk(const Task<T>& k, int64_t c, int64_t chunks) {
   for (int64_t j = 0; j < k.heads; ++j) {
     Scratch inner;
     const int64_t h = k.h0 + j;
-    const float* state = k.states + (j * chunks + c) * size;
+    const T* state = k.states + (j * chunks + c) * size;
     float* grad_state = k.grad_state + j * size;
     load_delta(in, in.dt + t * H, H, h, q, d->delta);
     fill_decay(in.A[h], 0, q, *d, w);
@@ -172,11 +212,17 @@ void run_chunk(const Task<T>& k, int64_t c, int64_t chunks) {
         if (z) g = g * vsilu(load_upto(z + l * in.z_stride + i, P - i));
         g.store(dy + l * ld + i);
       }
-    alignas(64) float ones[kChunk];
-    for (auto& one : ones) one = 1.0f;
     const auto x_rows = as_rows(x, in.x_stride, q, P, inner);
-    const auto dy_rows = scaled_rows<T>(dy, ld, q, P, ones, inner);
-    const auto dy_decayed = scaled_rows<T>(dy, ld, q, P, d->from_start, inner);
+    Rows<T> dy_rows;
+    if (z) {
+      dy_rows = {inner.get<T>(q * ld), ld};
+      for (int64_t l = 0; l < q; ++l) copy_row(dy + l * ld, ld, const_cast<T*>(dy_rows.p) + l * ld, ld);
+    } else {
+      dy_rows = as_rows(dout, H * P, q, P, inner);
+    }
+    const int64_t place = j % side;
+    const Rows<T> dy_decayed{for_dc.rows_of(place, ld), for_dc.ld};
+    scale_rows(dy, ld, q, P, d->from_start, for_dc.rows_of(place, ld), for_dc.ld, ld);
     T* packed_dyt = inner.get<T>(b_packed_size<T>(P, q));  // rows p, columns l
     T* packed_dy = inner.get<T>(b_packed_size<T>(q, P));   // rows l, columns p
     pack_b_cols(dy_rows.p, dy_rows.ld, P, q, packed_dyt);
@@ -199,11 +245,13 @@ void run_chunk(const Task<T>& k, int64_t c, int64_t chunks) {
     }
 
     // br = scores dY + end_weight (B G^T);  S C for v.
-    const auto g_op = state_operand(grad_state, ld, N, P, inner, T{});
+    const auto g_op = state_operand<T>(grad_state, ld, N, P, inner);
     gemm_block<T>(q, P, N, B.p, B.ld, kK<T>, g_op.p, g_op.ldb, g_op.panel, gb, ld, false);
-    const auto s_op = state_operand(state, ld, N, P, inner, T{});
+    const auto s_op = state_operand<T>(state, ld, N, P, inner);
     gemm_block<T>(q, P, N, C.p, C.ld, kK<T>, s_op.p, s_op.ldb, s_op.panel, sc, ld, false);
-    product(q, P, q, Rows<T>{scores, kChunk}, packed_dy, br, ld, false);
+    for (int64_t s = 0; s < q; s += 4 * kMR)  // row s has nothing before l = s
+      gemm_block<T>(imin(4 * kMR, q - s), P, q - s, scores + s * kChunk + s, kChunk, kK<T>, packed_dy + s * kNR,
+                    kNR * kK<T>, b_panel_size<T>(q), br + s * ld, ld, false);
 
     T* dx = static_cast<T*>(p.dx) + (t * H + h) * P;
     float direct[kChunk];
@@ -259,7 +307,8 @@ void run_chunk(const Task<T>& k, int64_t c, int64_t chunks) {
     }
 
     // The time step and the decay.
-    const float tail = d->total * dot(grad_state, state, size);
+    pack_b_cols(grad_state, ld, ld, N, for_db.states_of(place, ld), for_db.panel);
+    const float tail = d->total * dot_then_scale(grad_state, state, size, d->total);
     decay_gradient(dxt, v, u, tail, q, grad_log);
     float dA = 0.0f, dbias = 0.0f;
     for (int64_t s = 0; s < q; ++s) {
@@ -278,19 +327,17 @@ void run_chunk(const Task<T>& k, int64_t c, int64_t chunks) {
     k.dA_sum[j] += dA;
     k.dbias_sum[j] += dbias;
 
-    // dC and dB through the state: sums over the heads of the block run on in the accumulators.
-    T* packed_state = inner.get<T>(b_packed_size<T>(P, N));
-    pack_b_cols(state, ld, P, N, packed_state);
-    product(q, N, P, dy_decayed, packed_state, dc, ld_n, j > 0);
-    pack_b_cols(grad_state, ld, P, N, packed_state);
-    const auto x_weighted = scaled_rows<T>(x32, ld, q, P, d->to_end, inner);
-    product(q, N, P, x_weighted, packed_state, db, ld_n, j > 0);
+    // dC and dB through the state.
+    pack_b_cols(state, ld, ld, N, for_dc.states_of(place, ld), for_dc.panel);
+    scale_rows(x32, ld, q, P, d->to_end, for_db.rows_of(place, ld), for_db.ld, ld);
+    if (place + 1 == side || j + 1 == k.heads) {
+      for_dc.product(q, N, place + 1, ld, dc, ld_n, j >= side);
+      for_db.product(q, N, place + 1, ld, db, ld_n, j >= side);
+    }
 
     // G_prev.
     T* packed_decayed = inner.get<T>(b_packed_size<T>(q, P));
     pack_b_rows(dy_decayed.p, dy_decayed.ld, q, P, packed_decayed);
-    const VF total = VF::set(d->total);
-    for (int64_t i = 0; i < size; i += kLanes) (VF::load(grad_state + i) * total).store(grad_state + i);
     product(N, P, q, Rows<T>{c_columns, kChunk}, packed_decayed, grad_state, ld, true);
   }
 
@@ -313,7 +360,7 @@ void run_task(Task<T> k) {
   const int64_t P = in.P, N = in.N, size = N * k.ld;
   const int64_t chunks = ceil_div(k.seg.end - k.seg.begin, kChunk);
   Scratch scratch;
-  k.states = scratch.get<float>(k.heads * imax(chunks, 1) * size);
+  k.states = scratch.get<T>(k.heads * imax(chunks, 1) * size);
   k.grad_state = scratch.get<float>(k.heads * size);
   for (int64_t j = 0; j < k.heads; ++j)
     load_state(p.dfinal_states && k.seg.final_row >= 0 ? p.dfinal_states + ((k.seg.final_row * in.H + k.h0 + j) * P) * N
@@ -335,7 +382,7 @@ void run(const ScanBackward& p) {
   Scratch scratch;
   Segment* segments = scratch.get<Segment>(max_segments(p.seqs));
   const int64_t count = fill_segments(p.seqs, segments);
-  const HeadBlocks blocks(heads, kBlockHeads);
+  const HeadBlocks blocks(heads, block_heads(H));
   const int64_t nblocks = G * blocks.per_group;
   float* dB = scratch.get<float>(nblocks * tokens * N);
   float* dC = scratch.get<float>(nblocks * tokens * N);

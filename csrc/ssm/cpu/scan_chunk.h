@@ -114,20 +114,21 @@ FOLDSCAN_INLINE GroupChunk<T> group_chunk(Rows<T> B, Rows<T> C, int64_t r0, int6
   return g;
 }
 
-// state (N, ld) as the B operand of a product over N.
+// state (N, ld) as the B operand of a product over N: fp32 as it lies, bf16 packed from either.
 template <class T>
 struct StateOperand {
   const T* p;
   int64_t ldb, panel;
 };
-FOLDSCAN_INLINE StateOperand<float> state_operand(const float* state, int64_t ld, int64_t, int64_t, Scratch&, float) {
-  return {state, ld, kNR};
-}
-FOLDSCAN_INLINE StateOperand<bf16> state_operand(const float* state, int64_t ld, int64_t N, int64_t P, Scratch& scratch,
-                                                 bf16) {
-  bf16* packed = scratch.get<bf16>(b_packed_size<bf16>(N, P));
-  pack_b_rows(state, ld, N, P, packed);
-  return {packed, 2 * kNR, b_panel_size<bf16>(N)};
+template <class T, class S>
+FOLDSCAN_INLINE StateOperand<T> state_operand(const S* state, int64_t ld, int64_t N, int64_t P, Scratch& scratch) {
+  if constexpr (sizeof(T) == 4) {
+    return {state, ld, kNR};
+  } else {
+    bf16* packed = scratch.get<bf16>(b_packed_size<bf16>(N, P));
+    pack_b_rows(state, ld, N, P, packed);
+    return {packed, 2 * kNR, b_panel_size<bf16>(N)};
+  }
 }
 
 // y (rows r0.. q, stride ld_y) before the D term and the gate. x: q rows of P.
@@ -143,7 +144,7 @@ FOLDSCAN_INLINE void chunk_output(const GroupChunk<T>& g, Rows<T> C, const T* x,
     for (int64_t n = 0; n < ld_c; n += kLanes)
       store_upto(load_upto(C.p + i * C.ld + n, N - n) * p, decayed_c + i * ld_c + n, ld_c - n);
   }
-  const auto s = state_operand(state, ld_state, N, P, scratch, T{});
+  const auto s = state_operand<T>(state, ld_state, N, P, scratch);
   gemm_block<T>(rows, P, N, decayed_c, ld_c, kK<T>, s.p, s.ldb, s.panel, y, ld_y, false);
 
   T* scores = scratch.get<T>(rows * kChunk);
@@ -163,10 +164,10 @@ FOLDSCAN_INLINE void chunk_output(const GroupChunk<T>& g, Rows<T> C, const T* x,
   }
 }
 
-// state (N, ld_state) -> the state after the chunk's q tokens.
+// state (N, ld_state) += sum_s B_s (to_end_s x_s): what the chunk's q tokens leave.
 template <class T>
-FOLDSCAN_INLINE void chunk_state(const GroupChunk<T>& g, const T* x, int64_t x_stride, const Decay& d, int64_t q,
-                                 int64_t N, int64_t P, float* state, int64_t ld_state) {
+FOLDSCAN_INLINE void add_tokens(const GroupChunk<T>& g, const T* x, int64_t x_stride, const Decay& d, int64_t q,
+                                int64_t N, int64_t P, float* state, int64_t ld_state) {
   Scratch scratch;
   float* weighted = scratch.get<float>(q * ld_state);
   for (int64_t s = 0; s < q; ++s) {
@@ -176,9 +177,16 @@ FOLDSCAN_INLINE void chunk_state(const GroupChunk<T>& g, const T* x, int64_t x_s
   }
   T* packed = scratch.get<T>(b_packed_size<T>(q, P));
   pack_b_rows(weighted, ld_state, q, P, packed);
+  gemm_block<T>(N, P, q, g.b_columns, kChunk, kK<T>, packed, kNR * kK<T>, b_panel_size<T>(q), state, ld_state, true);
+}
+
+// state (N, ld_state) -> the state after the chunk's q tokens.
+template <class T>
+FOLDSCAN_INLINE void chunk_state(const GroupChunk<T>& g, const T* x, int64_t x_stride, const Decay& d, int64_t q,
+                                 int64_t N, int64_t P, float* state, int64_t ld_state) {
   const VF total = VF::set(d.total);
   for (int64_t i = 0; i < N * ld_state; i += kLanes) (VF::load(state + i) * total).store(state + i);
-  gemm_block<T>(N, P, q, g.b_columns, kChunk, kK<T>, packed, kNR * kK<T>, b_panel_size<T>(q), state, ld_state, true);
+  add_tokens(g, x, x_stride, d, q, N, P, state, ld_state);
 }
 
 // out = (y + D x) silu(z), rows of P; D is per channel or one value.

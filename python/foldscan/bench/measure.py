@@ -100,10 +100,13 @@ def runner(fn: Callable[..., Any], inputs: dict[str, Any], backward: bool, devic
         for k, v in inputs.items()
     }
     wanted = [v for v in leaves.values() if isinstance(v, torch.Tensor) and v.requires_grad]
+    upstream: list[torch.Tensor] = []  # made at the first call: its memory and time are not the op's
 
     def both() -> Any:
         out = fn(**leaves)
-        grads = torch.autograd.grad(out, wanted, torch.ones_like(out), allow_unused=True)
+        if not upstream:
+            upstream.append(torch.ones_like(out))
+        grads = torch.autograd.grad(out, wanted, upstream[0], allow_unused=True)
         synchronize(device)
         return out, *grads
 

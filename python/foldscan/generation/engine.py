@@ -11,6 +11,7 @@ import torch
 
 from foldscan import ops
 from foldscan.data.tokenizer import Tokenizer
+from foldscan.generation.plan import DecodePlan
 from foldscan.generation.sampling import Sampling, choose
 from foldscan.models import HybridLM
 from foldscan.nn import HybridCache
@@ -115,10 +116,13 @@ class Engine:
         ends = [at for at in (text.find(s) for s in texts) if at >= 0]
         return text[: min(ends)] if ends else text
 
-    @torch.no_grad()
-    def _forward(self, batch: list[tuple[_Request, list[int]]], cache: HybridCache) -> torch.Tensor:
+    def _forward(
+        self, batch: list[tuple[_Request, list[int]]], cache: HybridCache, plan: DecodePlan | None
+    ) -> torch.Tensor:
         """Feed each request's tokens; (n, d) hidden states after the last token of each."""
         step = cache.step([r.slot for r, _ in batch], [len(ids) for _, ids in batch])
+        if plan is not None and all(len(ids) == 1 for _, ids in batch):
+            return plan.hidden([ids[0] for _, ids in batch], step)
         flat = torch.tensor([i for _, ids in batch for i in ids], dtype=torch.int64)
         hidden = self.model(flat, cu_seqlens=step.cu_seqlens, cache=step)
         return hidden[step.cu_seqlens[1:].long() - 1]
@@ -131,6 +135,8 @@ class Engine:
         autocast = self.precision == "bf16"
         dtype = torch.bfloat16 if autocast else None
         cache = self.model.new_cache(slots, longest, dtype=dtype)
+        with torch.inference_mode():
+            plan = DecodePlan(self.model) if not autocast and DecodePlan.covers(self.model) else None
         waiting, active = deque(requests), list[_Request]()
         while waiting or active:
             while waiting and cache.free_slots:
@@ -145,14 +151,15 @@ class Engine:
                     batch.append((request, request.pending[:take]))
                     request.pending = request.pending[take:]
                     room -= take
+            # Inference mode, not only no_grad: autograd's part of dispatching costs as much as a small op.
             # autocast remembers casts of weights that need gradients; here nothing does
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
-                hidden = self._forward(batch, cache)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.inference_mode():
+                hidden = self._forward(batch, cache, plan)
                 ready = [row for row, (request, _) in enumerate(batch) if not request.pending]
                 if not ready:
                     continue
-                last = hidden[ready]
-                logits = self.model.logits(last).float().numpy()
+                last = hidden if len(ready) == len(batch) else hidden[ready]
+                logits = (self.model.logits(last) if plan is None else plan.logits(last)).float().numpy()
             chosen = []
             for row, number in zip(logits, ready):
                 request = batch[number][0]

@@ -70,9 +70,9 @@ def choose(logits: npt.NDArray[np.floating], position: int, sampling: Sampling) 
     Args:
         position: of the token to choose, counted from the start of the sequence.
     """
-    row = np.asarray(logits, dtype=np.float64)
     if sampling.temperature == 0:
-        return int(np.argmax(row))
+        return int(np.argmax(logits))
+    row = np.asarray(logits, dtype=np.float64)
     ids = candidates(row, sampling)
     noise = gumbel_noise(sampling.seed, position, len(row))
     return int(ids[np.argmax(row[ids] / sampling.temperature + noise[ids])])

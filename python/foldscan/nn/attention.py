@@ -7,7 +7,7 @@ from torch import nn
 
 from foldscan import ops
 from foldscan.nn.cache import AttentionCache
-from foldscan.nn.linear import Linear
+from foldscan.nn.linear import Linear, RMSNorm
 from foldscan.nn.packing import Packing
 from foldscan.nn.rotary import RotaryEmbedding
 
@@ -20,6 +20,7 @@ class Attention(nn.Module):
         num_heads, num_kv_heads, head_dim: query heads, key/value heads, and the width of each.
         rope_theta: base of the rotary embedding; None for no positional encoding.
         sliding_window: keys a query sees, itself included; None for all before it.
+        qk_norm_eps: RMSNorm of each query and key head before the rotation (Qwen3); None for none.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Attention(nn.Module):
         bias: bool = False,
         rope_theta: float | None = None,
         sliding_window: int | None = None,
+        qk_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
@@ -40,19 +42,25 @@ class Attention(nn.Module):
         self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.scale = head_dim**-0.5
+        norms = [None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps) for _ in "qk"]
+        self.q_norm, self.k_norm = norms
         self.rotary = None if rope_theta is None else RotaryEmbedding(head_dim, rope_theta)
 
     def forward(self, hidden: torch.Tensor, packing: Packing, cache: AttentionCache | None = None) -> torch.Tensor:
         """(T, d) to (T, d)."""
         total = hidden.shape[0]
-        q = self.q_proj(hidden).view(total, self.num_heads, self.head_dim)
-        k = self.k_proj(hidden).view(total, self.num_kv_heads, self.head_dim)
-        v = self.v_proj(hidden).view(total, self.num_kv_heads, self.head_dim)
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        qkv = ops.linear_joined(hidden, [p.weight for p in layers], [p.bias for p in layers])
+        rotated = self.num_heads + self.num_kv_heads
+        qk, v = qkv.view(total, rotated + self.num_kv_heads, self.head_dim).tensor_split([rotated], dim=1)
         step = packing.cache
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.tensor_split([self.num_heads], dim=1)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
         if self.rotary is not None:
-            longest = packing.max_seqlen if step is None else step.max_seqlen_k
-            cos, sin = self.rotary.table(packing.position_ids, longest)
-            q, k = self.rotary(q, cos, sin), self.rotary(k, cos, sin)
+            qk = self.rotary(qk, packing.position_ids, packing.max_seqlen if step is None else step.max_seqlen_k)
+        q, k = qk.tensor_split([self.num_heads], dim=1)
         if cache is None or step is None:
             cu, longest = packing.cu_seqlens, packing.max_seqlen
             out = ops.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True, window_size=self.window)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, cast
+
 import torch
 from torch import nn
 
@@ -24,17 +26,17 @@ class MLP(nn.Module):
             raise ValueError(f"activation: got {activation!r}, want 'relu2' or 'silu'")
         if activation == "silu" and bias:
             raise ValueError("bias: got True with activation 'silu', want False")
-        self.activation = activation
+        self.activation = cast(Literal["relu2", "silu"], activation)
         self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=False) if activation == "silu" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, d) to (T, d)."""
-        if self.gate_proj is None:
+        if self.up_proj.bias is not None:
             return self.down_proj(torch.relu(self.up_proj(x)).square())
-        # A dense gated MLP is an expert layer with one expert that takes every token. The fused kernel also keeps
-        # SiLU's bits independent of the row count, which an elementwise torch op does not promise.
+        # A dense MLP is an expert layer with one expert that takes every token. The fused kernel also keeps the
+        # activation's bits independent of the row count, which an elementwise torch op does not promise.
         ones = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device)
         first = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
         return ops.moe_mlp(
@@ -43,6 +45,6 @@ class MLP(nn.Module):
             first,
             self.up_proj.weight[None],
             self.down_proj.weight[None],
-            w_gate=self.gate_proj.weight[None],
-            activation="silu",
+            w_gate=None if self.gate_proj is None else self.gate_proj.weight[None],
+            activation=self.activation,
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from foldscan import ops
+
 _BLOCK = 1024
 
 
@@ -36,13 +38,12 @@ class RotaryEmbedding(nn.Module):
             sines.append(angle.double().sin().float().to(device))
         self._cos, self._sin = torch.cat(cosines), torch.cat(sines)
 
-    def table(self, position_ids: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines (T, 1, head_dim / 2) fp32 of ``position_ids`` (T,), all below ``longest``."""
-        if longest > len(self._cos) or self._cos.device != position_ids.device:
-            self._grow(longest, position_ids.device)
-        return self._cos[position_ids][:, None], self._sin[position_ids][:, None]
+    def tables(self, longest: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines (at least ``longest``, head_dim / 2) fp32 of positions 0, 1, ..."""
+        if longest > len(self._cos) or self._cos.device != device:
+            self._grow(longest, device)
+        return self._cos, self._sin
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Rotate (T, heads, head_dim), computed in fp32, returned in the dtype of ``x``."""
-        first, second = x.float().chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, longest: int) -> torch.Tensor:
+        """Rotate (T, heads, head_dim) to the positions (T,), all below ``longest``; computed in fp32, rounded once."""
+        return ops.rotary_embedding(x, *self.tables(longest, x.device), position_ids)

@@ -5,6 +5,7 @@ from foldscan.ops._packed import clear_packed_weights
 from foldscan.ops.attention import flash_attn_func, flash_attn_varlen_func, merge_attention
 from foldscan.ops.attention_cache import flash_attn_with_kvcache, kv_cache_append
 from foldscan.ops.linear import linear
+from foldscan.ops.linear_joined import linear_joined
 from foldscan.ops.losses import TokenStats, linear_cross_entropy, linear_kl_div, linear_logprob
 from foldscan.ops.moe import grouped_mm, moe_mlp
 from foldscan.ops.moe_routing import (
@@ -25,6 +26,7 @@ from foldscan.ops.pruning import (
     linear_2_4,
     sparsity_mask_2_4,
 )
+from foldscan.ops.rotary import rotary_embedding
 from foldscan.ops.selective_scan import selective_scan_fn
 from foldscan.ops.ssm_conv import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
 from foldscan.ops.ssm_extend import ScanCache, mamba_chunk_scan_extend
@@ -53,6 +55,7 @@ __all__ = [
     "linear",
     "linear_2_4",
     "linear_cross_entropy",
+    "linear_joined",
     "linear_kl_div",
     "linear_logprob",
     "load_balancing_loss",
@@ -63,6 +66,7 @@ __all__ = [
     "moe_mlp",
     "permute",
     "rmsnorm_fn",
+    "rotary_embedding",
     "router_z_loss",
     "selective_scan_fn",
     "selective_state_update",

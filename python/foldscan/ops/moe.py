@@ -142,6 +142,11 @@ def _pack(weight: torch.Tensor, as_bf16: bool) -> torch.Tensor:
     return kernels.moe_pack(weight.contiguous(), as_bf16)
 
 
+def packed_experts(weight: torch.Tensor) -> torch.Tensor:
+    """The cached packed form of (experts, out, in) weights, for products in their own dtype."""
+    return cached_pack("moe", weight, weight.dtype, _pack)
+
+
 def _fake_grouped(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return a.new_empty(a.shape[0], b.shape[2])
 

@@ -1,0 +1,1 @@
+"""foldscan's kernels inside other libraries' models."""
