@@ -1,4 +1,5 @@
-// SIMD layer on the vector extensions of GCC and Clang: any x86-64, aarch64 or other target. See simd.h.
+// SIMD layer on the vector extensions of GCC and Clang: SSE2 on any x86-64, NEON on any aarch64, and other targets. See
+// simd.h.
 #pragma once
 
 #include <cmath>
@@ -12,9 +13,14 @@
 namespace foldscan::FOLDSCAN_ISA {
 
 constexpr int kLanes = 4;
+#if defined(__aarch64__)  // NEON: 24 accumulators, four vectors of B and one of A fit the 32 registers
+constexpr int kMR = 6;
+constexpr int kNV = 4;
+#else
 constexpr int kMR = 4;
-constexpr int kMRPairs = 4;
 constexpr int kNV = 2;
+#endif
+constexpr int kMRPairs = 4;
 
 typedef float float4 __attribute__((vector_size(16)));
 typedef int32_t int4 __attribute__((vector_size(16)));
