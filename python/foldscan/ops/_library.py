@@ -23,7 +23,6 @@ if not _library.exists():
 torch.ops.load_library(_library)
 
 
-
 class _Kernels:
     """``kernels.NAME(...)``: the compiled op, past autograd where no gradient is recorded.
 
