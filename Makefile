@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 CORPUS ?= stdlib
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: setup test test-slow test-cpp test-sanitize mutation demo lint format bench clean
+.PHONY: setup test test-slow test-cpp test-aarch64 test-sanitize mutation demo lint format bench clean
 
 setup: $(VENV)/.built
 
@@ -35,6 +35,10 @@ test-cpp: setup
 # The same tests under AddressSanitizer + UBSan, and the threaded ones under ThreadSanitizer.
 test-sanitize: setup
 	scripts/sanitize.sh $(PY)
+
+# All kernels for aarch64, and the C++ tests under QEMU.
+test-aarch64: setup
+	scripts/cross_aarch64.sh $(PY)
 
 # Plants the faults of tests/mutation and expects the tests to notice each one.
 mutation: setup

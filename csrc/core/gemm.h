@@ -49,8 +49,8 @@ struct Tile<bf16> {
 // What becomes of C: C = A B; C's values are the start of the chains; the finished chains are added to C.
 enum class Into { kSet, kContinue, kAdd };
 
-// Memory that will be read after this block: a few cache lines of it are asked for every kAheadSteps steps, so that they
-// have arrived in L2 when their turn comes, without ever filling the queues that the multiplication loads through.
+// Memory that will be read after this block: a few cache lines of it are asked for every kAheadSteps steps, so that
+// they have arrived in L2 when their turn comes, without ever filling the queues that the multiplication loads through.
 struct Ahead {
   const char* p = nullptr;
   int64_t lines = 0;  // every kAheadSteps steps
@@ -101,8 +101,8 @@ void micro_kernel(int64_t steps, const T* a, int64_t lda, int64_t ak, const T* b
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
       for (int n = 0; n < NV; ++n)
-        acc[m][n] = (n == NV - 1 ? VF::load(c + m * ldc + n * kLanes, tail) : VF::load(c + m * ldc + n * kLanes)) +
-                    acc[m][n];
+        acc[m][n] =
+            (n == NV - 1 ? VF::load(c + m * ldc + n * kLanes, tail) : VF::load(c + m * ldc + n * kLanes)) + acc[m][n];
   }
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)

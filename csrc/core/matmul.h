@@ -5,9 +5,13 @@
 //                                     (type T; for bf16 an odd kc is followed by a zero)
 //   store(m, n, row, count)           takes the finished fp32 values C[m][n .. n + count)
 //
-// Tiles of kMC x kNC are independent tasks. K falls into runs of kKC: a run is one chain of multiply-adds in the order
-// of k, and the runs are added in order. Long sums (weight gradients over all tokens) keep their digits that way, and a
-// value still depends on nothing but its own row, column and K.
+// Tiles of kTileRows x kTileCols are independent tasks. K falls into runs of kKC: a run is one chain of multiply-adds in
+// the order of k, and the runs are added in order. Long sums (weight gradients over all tokens) keep their digits that
+// way, and a value still depends on nothing but its own row, column and K.
+//
+// A run of 512 stays in registers, its panel of B (64 to 128 KB) in L2: L2 delivers several times what a register tile
+// reads. What is further away is not left to chance: the next panel and the next rows of A are fetched while the current
+// ones are multiplied.
 #pragma once
 
 #include "core/gemm.h"
@@ -15,20 +19,21 @@
 
 namespace foldscan::FOLDSCAN_ISA {
 
-constexpr int64_t kMC = 96;                  // rows of a task: A block 96 x 512 fp32 = 192 KB of L2
-constexpr int64_t kKC = 512;                 // K of a block of A, and length of a run
-constexpr int64_t kKL1 = 32768 / (kNR * 4);  // K steps of a panel of B that fits L1
+constexpr int64_t kKC = 512;                 // length of a run of K
+constexpr int64_t kMC = 96;                  // rows of a block of A, for kernels with blocks of their own
+constexpr int64_t kKL1 = 32768 / (kNR * 4);  // K steps of a panel of B that fits L1, for the same
 
-// Rows and columns of a task of matmul: its C (fp32) and a run of its A stay in L2, so that a panel of B, which may come
-// from memory, is used for many rows; the panels after it are fetched ahead meanwhile.
+// Rows and columns of a task of matmul: its C (fp32) and a run of its A stay in L2, so that a panel of B, which may
+// come from memory, is used for many rows; the panels after it are fetched ahead meanwhile.
 constexpr int64_t kTileRows = 144;
 constexpr int64_t kTileCols = 8 * kNR;
 constexpr int64_t kLoadRows = 48;  // rows of A that are copied at a time: a multiple of the register tiles' rows
 static_assert(kLoadRows % kTileMR<float> == 0 && kLoadRows % kTileMR<bf16> == 0);
 
-// C (rows x cols) = or += A B over one run of K: all row tiles of a panel before the next panel, and meanwhile the panel
-// after it is fetched, `next` after the last. before(n, m) is called before a register tile at (m, n), after(n, m, rows,
-// cols, values) when its values are in C. With `one_tile`, c holds one register tile, which after() has to take away.
+// C (rows x cols) = or += A B over one run of K: all row tiles of a panel before the next panel, and meanwhile the
+// panel after it is fetched, `next` after the last. before(n, m) is called before a register tile at (m, n), after(n,
+// m, rows, cols, values) when its values are in C. With `one_tile`, c holds one register tile, which after() has to
+// take away.
 template <class T, class Before, class After>
 FOLDSCAN_INLINE void gemm_run(int64_t rows, int64_t cols, int64_t kc, const T* a, int64_t lda, int64_t ak, const T* b,
                               int64_t panel, float* c, int64_t ldc, bool one_tile, Into into, const T* next,
@@ -71,8 +76,8 @@ struct PackedB {
   FOLDSCAN_INLINE void prepare(int64_t, int64_t, int64_t, int64_t) const {}
 };
 
-// B[k][n] = p[k * k_stride + n * n_stride], a run of a panel packed when it is needed: for few rows, which would not pay
-// for writing the packed form to memory and reading it again. `own`: b_panel_size<T>(kKC).
+// B[k][n] = p[k * k_stride + n * n_stride], a run of a panel packed when it is needed: for few rows, which would not
+// pay for writing the packed form to memory and reading it again. `own`: b_panel_size<T>(kKC).
 template <class S, class T>
 struct RawB {
   const S* p;
@@ -191,8 +196,7 @@ struct StridedRows {
   }
   FOLDSCAN_INLINE void ahead(int64_t m, int64_t rows, int64_t k, int64_t count) const {
     if (k_stride != 1) return;
-    for (int64_t i = 0; i < rows; ++i)
-      fetch_ahead(p + (m + i) * m_stride + k, count * static_cast<int64_t>(sizeof(S)));
+    for (int64_t i = 0; i < rows; ++i) fetch_ahead(p + (m + i) * m_stride + k, count * static_cast<int64_t>(sizeof(S)));
   }
 };
 

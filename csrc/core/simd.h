@@ -10,6 +10,7 @@
 //   dot2(acc, a, b)               acc + a.lo * b.lo + a.hi * b.hi per lane of bf16 pairs, fp32 accumulation
 //   select(m, a, b)               m ? a : b
 //   transpose(r)                  kLanes x kLanes transpose in registers
+//   VC::load(p, shift).in(set)    codes of four bits, (p[i] >> shift) & 15: which are in the set, a mask of 16 bits
 #pragma once
 
 #include "core/types.h"

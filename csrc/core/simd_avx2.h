@@ -129,6 +129,24 @@ struct VP {
   FOLDSCAN_INLINE void store(bf16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 };
 
+// Pairs (lo, hi) of values that are bf16 already.
+FOLDSCAN_INLINE VP pairs(VF lo, VF hi) {
+  return {_mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(lo.v), 16), _mm256_castps_si256(hi.v))};
+}
+
+struct VC {
+  __m256i bit;
+  static FOLDSCAN_INLINE VC load(const uint8_t* p, int shift) {
+    const __m256i c = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m256i nibble = _mm256_and_si256(_mm256_srl_epi32(c, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(15));
+    return {_mm256_sllv_epi32(_mm256_set1_epi32(1), nibble)};
+  }
+  FOLDSCAN_INLINE VM in(int set) const {
+    const __m256i hit = _mm256_and_si256(bit, _mm256_set1_epi32(set));
+    return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(hit, _mm256_setzero_si256()))};
+  }
+};
+
 FOLDSCAN_INLINE VF dot2(VF acc, VP a, VP b) {
   const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
   const __m256 a0 = _mm256_castsi256_ps(_mm256_slli_epi32(a.v, 16));

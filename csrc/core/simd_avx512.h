@@ -119,6 +119,21 @@ struct VP {
   FOLDSCAN_INLINE void store(bf16* p) const { _mm512_storeu_si512(p, v); }
 };
 
+// Pairs (lo, hi) of values that are bf16 already.
+FOLDSCAN_INLINE VP pairs(VF lo, VF hi) {
+  return {_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(lo.v), 16), _mm512_castps_si512(hi.v))};
+}
+
+struct VC {
+  __m512i bit;
+  static FOLDSCAN_INLINE VC load(const uint8_t* p, int shift) {
+    const __m512i c = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m512i nibble = _mm512_and_si512(_mm512_srl_epi32(c, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(15));
+    return {_mm512_sllv_epi32(_mm512_set1_epi32(1), nibble)};
+  }
+  FOLDSCAN_INLINE VM in(int set) const { return {_mm512_test_epi32_mask(bit, _mm512_set1_epi32(set))}; }
+};
+
 FOLDSCAN_INLINE VF dot2(VF acc, VP a, VP b) {
 #ifdef __AVX512BF16__
   return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};

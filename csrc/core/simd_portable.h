@@ -1,4 +1,5 @@
-// SIMD layer on the vector extensions of GCC and Clang: any x86-64, aarch64 or other target. See simd.h.
+// SIMD layer on the vector extensions of GCC and Clang: SSE2 on any x86-64, NEON on any aarch64, and other targets. See
+// simd.h.
 #pragma once
 
 #include <cmath>
@@ -12,9 +13,14 @@
 namespace foldscan::FOLDSCAN_ISA {
 
 constexpr int kLanes = 4;
+#if defined(__aarch64__)  // NEON: 24 accumulators, four vectors of B and one of A fit the 32 registers
+constexpr int kMR = 6;
+constexpr int kNV = 4;
+#else
 constexpr int kMR = 4;
-constexpr int kMRPairs = 4;
 constexpr int kNV = 2;
+#endif
+constexpr int kMRPairs = 4;
 
 typedef float float4 __attribute__((vector_size(16)));
 typedef int32_t int4 __attribute__((vector_size(16)));
@@ -127,6 +133,20 @@ struct VP {
     high = interleave(a + kLanes, b + kLanes, kLanes);
   }
   FOLDSCAN_INLINE void store(bf16* p) const { std::memcpy(p, &v, 16); }
+};
+
+// Pairs (lo, hi) of values that are bf16 already.
+FOLDSCAN_INLINE VP pairs(VF lo, VF hi) {
+  return {((reinterpret_cast<int4>(lo.v) >> 16) & 0xffff) | reinterpret_cast<int4>(hi.v)};
+}
+
+struct VC {
+  int4 bit;
+  static FOLDSCAN_INLINE VC load(const uint8_t* p, int shift) {
+    const int4 nibble = int4{p[0] >> shift, p[1] >> shift, p[2] >> shift, p[3] >> shift} & 15;
+    return {(int4{} + 1) << nibble};
+  }
+  FOLDSCAN_INLINE VM in(int set) const { return {(bit & set) != 0}; }
 };
 
 FOLDSCAN_INLINE VF dot2(VF acc, VP a, VP b) {

@@ -224,10 +224,10 @@ void backward_activation(const ExpertBackward& p, const Rows& rows) {
           const int64_t id = rows.ids[r + i];
           for (int64_t j = 0; j < cols; j += kNR) {
             const int64_t at = (r + i) * p.F + n + j;
-            dp[id * blocks + (n + j) / kNR] = activate_row_backward<T>(
-                activation, c[0] + i * kTaskCols + j, up + at, gate ? gate + at : nullptr, p.probs[id],
-                imin(kNR, cols - j), static_cast<T*>(p.du) + at, gate ? static_cast<T*>(p.dg) + at : nullptr,
-                static_cast<T*>(p.hp) + at);
+            dp[id * blocks + (n + j) / kNR] =
+                activate_row_backward<T>(activation, c[0] + i * kTaskCols + j, up + at, gate ? gate + at : nullptr,
+                                         p.probs[id], imin(kNR, cols - j), static_cast<T*>(p.du) + at,
+                                         gate ? static_cast<T*>(p.dg) + at : nullptr, static_cast<T*>(p.hp) + at);
           }
         }
       });
@@ -245,9 +245,7 @@ template <class T>
 void backward_weights(const ExpertBackward& p, const Rows& rows) {
   const auto token = [&](int64_t r) { return static_cast<const T*>(p.tokens) + rows.ids[r] / p.k * p.H; };
   const auto dout = [&](int64_t r) { return static_cast<const T*>(p.dout) + rows.ids[r] / p.k * p.D; };
-  const auto hidden = [&](const void* m) {
-    return [&p, m](int64_t r) { return static_cast<const T*>(m) + r * p.F; };
-  };
+  const auto hidden = [&](const void* m) { return [&p, m](int64_t r) { return static_cast<const T*>(m) + r * p.F; }; };
   if (p.dw_up) outer_products<T>(rows.starts, p.E, p.F, p.H, hidden(p.du), token, p.dw_up, p.w.type);
   if (p.dw_gate) outer_products<T>(rows.starts, p.E, p.F, p.H, hidden(p.dg), token, p.dw_gate, p.w.type);
   if (p.dw_down) outer_products<T>(rows.starts, p.E, p.D, p.F, dout, hidden(p.hp), p.dw_down, p.w.type);

@@ -43,8 +43,8 @@ struct Operand {
 };
 
 // body(g, first row, rows, first column, columns) over all tiles; offs[g] .. offs[g + 1] are the rows of group g. Tasks
-// have at most `cols` columns, one panel where all groups have few rows: then memory is what counts, and it is read best
-// in one stream.
+// have at most `cols` columns, one panel where all groups have few rows: then memory is what counts, and it is read
+// best in one stream.
 template <class Body>
 void for_tiles(const int64_t* offs, int64_t G, int64_t N, int64_t K, int64_t cols, const Body& body) {
   Scratch scratch;
@@ -152,8 +152,8 @@ void outer_product_tile(int64_t K, int64_t M, int64_t N, int64_t m, int64_t n, c
   }
 }
 
-// Weight gradients of all groups: out_g (M, N) = A_g^T B_g, a row of either found through row(r). The groups go in waves
-// whose packed rows fit kWaveBytes; a group without rows gets zeros.
+// Weight gradients of all groups: out_g (M, N) = A_g^T B_g, a row of either found through row(r). The groups go in
+// waves whose packed rows fit kWaveBytes; a group without rows gets zeros.
 constexpr int64_t kWaveBytes = int64_t{24} << 20;
 
 template <class T, class RowA, class RowB>
@@ -168,7 +168,8 @@ void outer_products(const int64_t* offs, int64_t G, int64_t M, int64_t N, const 
     Scratch scratch;
     int64_t* at = scratch.get<int64_t>(G + 1);
     int64_t size = 0, rows = 0;
-    for (end = g0; end < G && (end == g0 || (size + packed(end)) * static_cast<int64_t>(sizeof(T)) <= kWaveBytes); ++end) {
+    for (end = g0; end < G && (end == g0 || (size + packed(end)) * static_cast<int64_t>(sizeof(T)) <= kWaveBytes);
+         ++end) {
       at[end] = size;
       size += packed(end);
       rows += offs[end + 1] - offs[end];

@@ -1,13 +1,11 @@
 // 2:4 sparse weights: mask, compression, and the linear layer that reads the compressed form.
 //
-// Algorithm: a task owns kRows x kColumns outputs. For a piece of K it expands panels of the compressed weight into the
-//   layout of the GEMM micro-kernel, in L1, and multiplies; with few rows that streams the compressed bytes from memory
-//   once, with many the expansion is shared by all rows of the task.
-// FLOPs: 2 M N K (the zeros are multiplied). Bytes of the weight: 9/16 of a dense bf16 one, 17/32 of fp32, once for
-//   every kRows rows.
-// Numerics and determinism: every output is summed over k in order and in the runs of core/matmul.h, zeros included:
-// the
-//   same bits as csrc/linear with the dense masked weight, whatever the number of rows and threads.
+// Algorithm: the tiles of core/matmul.h. A run of a panel is expanded into the layout of the micro-kernels when a tile
+//   needs it, in L2: the compressed bytes come from memory once for every kTileRows rows, the dense ones never do.
+//   Where an element of four belongs is a set of codes, and whether a code is in a set one test of all lanes.
+// FLOPs: 2 M N K (the zeros are multiplied). Bytes of the weight: 9/16 of a dense bf16 one, 17/32 of fp32.
+// Numerics and determinism: the same bits as csrc/linear with the dense masked weight, whatever the number of rows and
+//   threads, because it is the same sum, zeros included.
 #include "core/matmul.h"
 #include "pruning/pruning.h"
 
@@ -16,40 +14,8 @@ namespace {
 
 using namespace foldscan::pruning;
 
-constexpr int64_t kRows = 192;
-constexpr int64_t kColumns = 4 * kNR;
-// K of an expanded piece, a multiple of 8 (one byte of codes): a panel of it is at most 32 KB and within a run.
-template <class T>
-constexpr int64_t kPiece = 32768 / (kNR * 4) * kK<T> < kKC ? 32768 / (kNR * 4) * kK<T> : kKC;
-
-// sum += run, on a tile with rows of kColumns.
-FOLDSCAN_INLINE void add_run(const float* run, int64_t rows, int64_t cols, float* sum) {
-  for (int64_t m = 0; m < rows; ++m)
-    for (int64_t n = m * kColumns; n < m * kColumns + cols; n += kLanes)
-      (VF::load(sum + n) + VF::load(run + n)).store(sum + n);
-}
-
-// Two kept values (as bits) and their places for kNR columns of one group of four k. Plain arrays
-// of one word size: the loops over columns become vector instructions.
-struct Group {
-  alignas(64) uint32_t v0[kNR], v1[kNR], i0[kNR], i1[kNR];
-
-  // The value at place k, or zero.
-  FOLDSCAN_INLINE uint32_t at(int64_t i, uint32_t k) const {
-    return (i0[i] == k ? v0[i] : 0u) | (i1[i] == k ? v1[i] : 0u);
-  }
-};
-
-template <class T>
-FOLDSCAN_INLINE void load_bits(const T* row, uint32_t* bits) {
-  if constexpr (sizeof(T) == 4) {
-    std::memcpy(bits, row, kNR * 4);
-  } else {
-    for (int64_t i = 0; i < kNR; ++i) bits[i] = row[i].bits;
-  }
-}
-
-static_assert(kPanel % kNR == 0 && kKC % kPiece<float> == 0 && kKC % kPiece<bf16> == 0);
+static_assert(kPanel % kNR == 0 && kKC % 8 == 0);
+constexpr int64_t kAheadBytes = 8192;
 
 // Where the columns from n on (a multiple of kNR) of a compressed weight lie.
 template <class W>
@@ -62,70 +28,78 @@ struct Columns {
         codes(all_codes + n / kPanel * ceil_div(K, 8) * kPanel + n % kPanel) {}
 };
 
+// kLanes values as T has them.
 template <class T, class W>
-FOLDSCAN_INLINE void load_group(const Columns<W>& from, int64_t group, Group& g) {
-  alignas(64) T row[kNR];
-  copy_row(from.values + 2 * group * kPanel, kNR, row, kNR);
-  load_bits(row, g.v0);
-  copy_row(from.values + (2 * group + 1) * kPanel, kNR, row, kNR);
-  load_bits(row, g.v1);
-  const uint8_t* code = from.codes + group / 2 * kPanel;
-  const int shift = group % 2 ? 4 : 0;
-  for (int64_t i = 0; i < kNR; ++i) {
-    const uint32_t c = static_cast<uint32_t>(code[i]) >> shift;
-    g.i0[i] = c & 3;
-    g.i1[i] = c >> 2 & 3;
+FOLDSCAN_INLINE VF load_as(const W* p) {
+  if constexpr (sizeof(T) < sizeof(W)) {
+    T rounded[kLanes];
+    VF::load(p).store(rounded);
+    return VF::load(rounded);
+  } else {
+    return VF::load(p);
   }
 }
 
-// K rows [k, k + count) (multiples of 4) of kNR columns, packed as pack_b does.
+// w[r] = column i of row 4 group + r, for kLanes columns. A code is i0 + 4 i1 with i0 < i1.
 template <class T, class W>
-void expand_panel(const Columns<W>& from, int64_t k, int64_t count, T* dst) {
-  Group g;
-  uint32_t* __restrict to = reinterpret_cast<uint32_t*>(dst);
-  for (int64_t j = 0; j < count; j += 4) {
-    load_group<T>(from, (k + j) / 4, g);
-    if constexpr (sizeof(T) == 4) {
-      for (uint32_t r = 0; r < 4; ++r, to += kNR)
-        for (int64_t i = 0; i < kNR; ++i) to[i] = g.at(i, r);
-    } else {
-      for (uint32_t r = 0; r < 4; r += 2, to += kNR)
-        for (int64_t i = 0; i < kNR; ++i) to[i] = g.at(i, r) | g.at(i, r + 1) << 16;
+FOLDSCAN_INLINE void expand_group(const Columns<W>& from, int64_t group, int64_t i, VF (&w)[4]) {
+  const W* p = from.values + 2 * group * kPanel + i;
+  const VF v0 = load_as<T>(p), v1 = load_as<T>(p + kPanel), zero = VF::zero();
+  const VC code = VC::load(from.codes + group / 2 * kPanel + i, group % 2 ? 4 : 0);
+  const auto first = [&](int r) { return code.in(0x1111 << r); };
+  const auto second = [&](int r) { return code.in(0xf << 4 * r); };
+  w[0] = select(first(0), v0, zero);
+  w[1] = select(first(1), v0, select(second(1), v1, zero));
+  w[2] = select(first(2), v0, select(second(2), v1, zero));
+  w[3] = select(second(3), v1, zero);
+}
+
+// A compressed weight as the B of matmul_tile. `own`: b_panel_size<T>(kKC).
+template <class T, class W>
+struct SparseB {
+  const void* values;
+  const uint8_t* codes;
+  int64_t K;
+  T* own;
+  static constexpr int64_t panel = 0;
+  const T* run(int64_t, int64_t) const { return own; }
+  FOLDSCAN_INLINE void prepare(int64_t n, int64_t, int64_t k, int64_t kc) const {
+    const Columns<W> from(values, codes, K, n);
+    T* to = own;
+    for (int64_t j = 0; j < kc; j += 4, to += 4 * kNR) {
+      // Expanding reads too slowly for the hardware to run far ahead of it.
+      const char* next = reinterpret_cast<const char*>(from.values + (k + j) / 2 * kPanel) + kAheadBytes;
+      for (int64_t i = 0; i < 2 * kPanel * static_cast<int64_t>(sizeof(W)); i += 64) __builtin_prefetch(next + i);
+      if (j % 8 == 0) __builtin_prefetch(from.codes + (k + j) / 8 * kPanel + kAheadBytes / 8);
+      for (int64_t i = 0; i < kNR; i += kLanes) {
+        VF w[4];
+        expand_group<T>(from, (k + j) / 4, i, w);
+        if constexpr (sizeof(T) == 4) {
+          for (int r = 0; r < 4; ++r) w[r].store(to + r * kNR + i);
+        } else {
+          pairs(w[0], w[1]).store(to + 2 * i);
+          pairs(w[2], w[3]).store(to + 2 * kNR + 2 * i);
+        }
+      }
     }
   }
-}
+};
 
 template <class X, class W>
 void run_linear(const Linear24& p) {
-  const int64_t mb = ceil_div(p.M, kRows), columns = mb == 1 ? kNR : kColumns, nb = ceil_div(p.N, columns);
   const StridedRows<X, X> load_a{static_cast<const X*>(p.x), p.x_row, 1};
-  parallel_for(mb * nb, grain_for(imin(p.M, kRows) * columns * p.K / 16), [&](int64_t task) {
-    const int64_t m0 = task % mb * kRows, n0 = task / mb * columns;
-    const int64_t rows = imin(kRows, p.M - m0), cols = imin(columns, p.N - n0);
-    Scratch scratch;
-    X* a = scratch.get<X>(kRows * (kPiece<X> + 2));
-    X* b = scratch.get<X>(kPiece<X> * kNR);
-    float* run = scratch.get<float>(kRows * kColumns);
-    float* c = scratch.get<float>(kRows * kColumns);
-    constexpr int64_t lda = kPiece<X> + 2;
-    for (int64_t k = 0; k < p.K || k == 0; k += kPiece<X>) {
-      const int64_t count = imin(kPiece<X>, p.K - k);
-      load_a(m0, rows, k, count, a, lda);
-      float* to = k < kKC ? c : run;
-      for (int64_t n = 0; n < cols; n += kNR) {
-        const int64_t width = imin(kNR, cols - n);
-        expand_panel(Columns<W>(p.values, p.codes, p.K, n0 + n), k, count, b);
-        gemm_block<X>(rows, width, count, a, lda, kK<X>, b, kNR * kK<X>, 0, to + n, kColumns, k % kKC != 0);
-      }
-      if (k >= kKC && ((k + count) % kKC == 0 || k + count == p.K)) add_run(run, rows, cols, c);
+  X* out = static_cast<X*>(p.out);
+  const auto store = [&](int64_t m, int64_t n, const float* row, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      VF v = load_upto(row + i, count - i);
+      if (p.bias) v = v + load_upto(p.bias + n + i, count - i);
+      store_upto(v, out + m * p.N + n + i, count - i);
     }
-    X* out = static_cast<X*>(p.out) + m0 * p.N + n0;
-    for (int64_t m = 0; m < rows; ++m)
-      for (int64_t n = 0; n < cols; n += kLanes) {
-        VF v = load_upto(c + m * kColumns + n, cols - n);
-        if (p.bias) v = v + load_upto(p.bias + n0 + n, cols - n);
-        store_upto(v, out + m * p.N + n, cols - n);
-      }
+  };
+  matmul_tasks<X>(p.M, p.N, p.K, [&](int64_t m0, int64_t rows, int64_t n0, int64_t cols, X* a, float* c) {
+    Scratch scratch;
+    const SparseB<X, W> b{p.values, p.codes, p.K, scratch.get<X>(b_panel_size<X>(kKC))};
+    matmul_tile<X>(m0, rows, n0, cols, p.K, load_a, b, a, c, nullptr, store);
   });
 }
 
@@ -137,22 +111,15 @@ void run_backward(const Linear24Backward& p) {
     Scratch scratch;
     X* dense = scratch.get<X>(p.K * p.N);
     parallel_for(p.K / 4, grain_for(p.N * 4), [&](int64_t group) {
-      Group g;
-      for (int64_t n = 0; n < p.N; n += kNR) {
-        const int64_t width = imin(kNR, p.N - n);
-        load_group<X>(Columns<W>(p.values, p.codes, p.K, n), group, g);
-        for (uint32_t r = 0; r < 4; ++r)
-          for (int64_t i = 0; i < width; ++i) {
-            const uint32_t u = g.at(i, r);
-            std::memcpy(dense + (4 * group + r) * p.N + n + i, &u, sizeof(X));
-          }
+      for (int64_t n = 0; n < p.N; n += kLanes) {
+        VF w[4];
+        expand_group<X>(Columns<W>(p.values, p.codes, p.K, n / kNR * kNR), group, n % kNR, w);
+        for (int r = 0; r < 4; ++r) store_upto(w[r], dense + (4 * group + r) * p.N + n, p.N - n);
       }
     });
-    X* packed = scratch.get<X>(b_packed_size<X>(p.N, p.K));
-    pack_b_parallel(dense, 1, p.N, p.N, p.K, packed);
     X* dx = static_cast<X*>(p.dx);
     matmul<X>(
-        p.M, p.K, p.N, StridedRows<X, X>{dout, p.N, 1}, packed,
+        p.M, p.K, p.N, StridedRows<X, X>{dout, p.N, 1}, RawB<X, X>{dense, 1, p.N},
         [&](int64_t m, int64_t k, const float* row, int64_t count) { copy_row(row, count, dx + m * p.K + k, count); });
   }
   if (p.dbias) column_sums(dout, p.M, p.N, p.dbias);

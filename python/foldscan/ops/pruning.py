@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from foldscan.ops import _checks
-from foldscan.ops._backend import use_native
+from foldscan.ops._backend import current_backend, use_native
 from foldscan.ops._library import compute_dtype, is_recording, kernels, register
 
 STATISTICS = 8  # rows of a statistics state
@@ -202,6 +202,24 @@ def linear_2_4(x: torch.Tensor, compressed: Compressed24, bias: torch.Tensor | N
     Raises:
         NotImplementedError: the values require a gradient. TypeError, ValueError: wrong arguments.
     """
+    if (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) is torch.Tensor
+        and type(compressed) is Compressed24
+        and x.dim() == 2
+        and x.is_contiguous()
+        and x.is_cpu
+        and x.dtype is compressed.values.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and bias is None
+        and not torch.is_autocast_enabled("cpu")
+        and current_backend() == "native"
+        and compressed.values.dim() == 3
+        and not compressed.values.requires_grad
+        and x.shape[1] == 2 * compressed.values.shape[1]
+    ):  # a decode step: the binding checks what keeps memory safe
+        return kernels.linear_2_4(x, *compressed, None)
     _checks.tensor("x", x)
     if not isinstance(compressed, Compressed24):
         raise TypeError(f"compressed: got {type(compressed).__name__}, want the result of compress_2_4")
