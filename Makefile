@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 CORPUS ?= stdlib
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: setup test test-slow test-cpp test-aarch64 test-sanitize mutation demo lint format bench clean
+.PHONY: setup test test-slow test-cpp test-aarch64 test-sanitize mutation demo lint format bench bench-regression clean
 
 setup: $(VENV)/.built
 
@@ -61,7 +61,12 @@ format: setup
 	git ls-files '*.cpp' '*.h' | xargs $(VENV)/bin/clang-format -i
 
 bench: setup
-	$(PY) benchmarks/run.py
+	$(PY) benchmarks/run.py --memory --out benchmarks/results/cpu.jsonl
+	$(PY) benchmarks/plot.py
+
+# Times by pytest-benchmark, instruction counts against benchmarks/results/instructions.json (needs valgrind).
+bench-regression: setup test-cpp
+	$(PY) -m pytest benchmarks/test_regression.py
 
 clean:
 	rm -rf build $(VENV) runs python/foldscan/*.so

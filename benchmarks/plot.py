@@ -61,7 +61,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "`benchmarks/results/cpu.jsonl`). The roofline is the larger of FLOPs / peak and bytes / copy bandwidth, both "
         "measured in the same run.",
         "",
-        "| op | shape | dtype | mode | ours, ms | of roofline | peers, times slower |" + (" extra MB |" if memory else ""),
+        "| op | shape | dtype | mode | ours, ms | of roofline | peers, times slower |"
+        + (" extra MB |" if memory else ""),
         "|---|---|---|---|---|---|---|" + ("---|" if memory else ""),
     ]
     for (op, shape, dtype, mode), impls in by_case(rows).items():
@@ -166,7 +167,12 @@ def draw_roofline(rows: list[dict[str, Any]]) -> None:
                 color=plt.get_cmap("tab20")(i % 20),
                 marker="os^D"[i // 20 % 4],
             )
-        axes.set(xscale="log", yscale="log", xlabel="FLOP per compulsory byte", title=f"{short}: {peak:.0f} GF/s, {copy:.0f} GB/s")
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="FLOP per compulsory byte",
+            title=f"{short}: {peak:.0f} GF/s, {copy:.0f} GB/s",
+        )
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("GFLOP/s")
     panels[1].legend(fontsize=6, loc="lower right")

@@ -1,8 +1,8 @@
 """``foldscan bench`` as a script: see ``foldscan.bench.driver``.
 
-    python benchmarks/run.py                                   every op at its standard shapes
-    python benchmarks/run.py --op scan --dtype bfloat16 --mode fwd+bwd --out benchmarks/results/cpu.jsonl
-    python benchmarks/run.py --list
+python benchmarks/run.py                                   every op at its standard shapes
+python benchmarks/run.py --op scan --dtype bfloat16 --mode fwd+bwd --out benchmarks/results/cpu.jsonl
+python benchmarks/run.py --list
 """
 
 import os

@@ -23,7 +23,7 @@ FLOORS = [
     {"models"},
 ]
 SYSTEMS = len(FLOORS)
-APPLICATIONS = {"cli": SYSTEMS + 1, "__main__": SYSTEMS + 2, "demo": SYSTEMS + 1}
+APPLICATIONS = {"bench": SYSTEMS + 1, "demo": SYSTEMS + 1, "cli": SYSTEMS + 2, "__main__": SYSTEMS + 3}
 
 
 def floor_of(module: str) -> int:

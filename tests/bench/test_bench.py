@@ -79,7 +79,9 @@ def test_a_missing_peer_is_named_and_ours_may_not_be_missing() -> None:
 
 def test_implementations_that_update_their_inputs_get_their_own() -> None:
     case = doubling(lambda x: x.mul_(2), updates_inputs=True)
-    case = Case(**{**case.__dict__, "implementations": lambda n: {OURS: lambda x: x.mul_(2), "peer": lambda x: x.mul_(2)}})
+    case = Case(
+        **{**case.__dict__, "implementations": lambda n: {OURS: lambda x: x.mul_(2), "peer": lambda x: x.mul_(2)}}
+    )
     assert len(list(measure(case, (64,), "float32", "fwd", SLOW_MACHINE, **QUICK))) == 2
 
 
@@ -119,7 +121,7 @@ def test_command_and_extra_memory(tmp_path: Path, capsys: pytest.CaptureFixture[
     arguments = ["--op", "rmsnorm_gated", "--shape", "4096,1024,8", "--dtype", "float32", "--mode", "fwd"]
     assert main(["bench", *arguments, "--against", "none", "--rounds", "3", "--seconds", "0", "--out", str(out)]) == 0
     row = json.loads(capsys.readouterr().out)
-    assert json.loads(out.read_text()) == row and row["impl"] == OURS and 0 < row["roofline"]
+    assert json.loads(out.read_text()) == row and row["impl"] == OURS and row["roofline"] > 0
     extra = extra_memory(row, 1)
     assert extra is not None and 15 << 20 < extra < 24 << 20
     assert main(["bench", "--op", "nothing"]) == 1

@@ -23,7 +23,16 @@ def make(batch: int, channels: int, length: int, dtype: torch.dtype, last: bool,
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize(
     ("batch", "channels", "length", "width"),
-    [(2, 64, 1, 4), (1, 65, 3, 2), (2, 7, 130, 4), (1, 130, 257, 3), (1, 16, 0, 4), (3, 3, 40, 5), (1, 1041, 70, 4), (1, 17, 1100, 8)],
+    [
+        (2, 64, 1, 4),
+        (1, 65, 3, 2),
+        (2, 7, 130, 4),
+        (1, 130, 257, 3),
+        (1, 16, 0, 4),
+        (3, 3, 40, 5),
+        (1, 1041, 70, 4),
+        (1, 17, 1100, 8),
+    ],
 )
 def test_forward_and_gradients(
     batch: int, channels: int, length: int, width: int, last: bool, dtype: torch.dtype

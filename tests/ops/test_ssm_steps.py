@@ -132,7 +132,9 @@ def test_selective_scan_refuses_complex_and_bad_shapes() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "channels", "group"), [(1, 2, 2), (3, 64, 64), (130, 40, 10), (7, 66, 33), (9, 400, 200), (0, 8, 4)])
+@pytest.mark.parametrize(
+    ("rows", "channels", "group"), [(1, 2, 2), (3, 64, 64), (130, 40, 10), (7, 66, 33), (9, 400, 200), (0, 8, 4)]
+)
 @pytest.mark.parametrize("mode", ["plain", "before", "after"])
 def test_rmsnorm(rows: int, channels: int, group: int, mode: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)

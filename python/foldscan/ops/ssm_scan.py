@@ -264,6 +264,14 @@ def mamba_split_conv1d_scan_combined(
     return y if final is None else (y, final)
 
 
+def _compact_float(t: torch.Tensor) -> torch.Tensor:
+    """``t`` in fp32, still expanded where it was: the kernel sees by the zero strides what a head's channels share."""
+    if t.dtype == torch.float32:
+        return t
+    one = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())
+    return t[one].float().expand(t.shape)
+
+
 def selective_state_update(
     state: torch.Tensor,
     x: torch.Tensor,
@@ -332,13 +340,13 @@ def selective_state_update(
     return kernels.state_update(
         state,
         x.contiguous(),
-        dt.float(),
-        A.float(),
+        _compact_float(dt),
+        _compact_float(A),
         B.contiguous(),
         C.contiguous(),
-        None if D is None else D.float(),
+        None if D is None else _compact_float(D),
         None if z is None else z.contiguous(),
-        None if dt_bias is None else dt_bias.float(),
+        None if dt_bias is None else _compact_float(dt_bias),
         dt_softplus,
         state_batch_indices,
     )
