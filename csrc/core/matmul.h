@@ -5,13 +5,13 @@
 //                                     (type T; for bf16 an odd kc is followed by a zero)
 //   store(m, n, row, count)           takes the finished fp32 values C[m][n .. n + count)
 //
-// Tiles of kTileRows x kTileCols are independent tasks. K falls into runs of kKC: a run is one chain of multiply-adds in
-// the order of k, and the runs are added in order. Long sums (weight gradients over all tokens) keep their digits that
-// way, and a value still depends on nothing but its own row, column and K.
+// Tiles of kTileRows x kTileCols are independent tasks. K falls into runs of kKC: a run is one chain of multiply-adds
+// in the order of k, and the runs are added in order. Long sums (weight gradients over all tokens) keep their digits
+// that way, and a value still depends on nothing but its own row, column and K.
 //
 // A run of 512 stays in registers, its panel of B (64 to 128 KB) in L2: L2 delivers several times what a register tile
-// reads. What is further away is not left to chance: the next panel and the next rows of A are fetched while the current
-// ones are multiplied.
+// reads. What is further away is not left to chance: the next panel and the next rows of A are fetched while the
+// current ones are multiplied.
 #pragma once
 
 #include "core/gemm.h"

@@ -55,7 +55,7 @@ def _transformers() -> Callable[..., torch.Tensor]:
             raise NotImplementedError("its gate and up weights are one parameter: the torch expert loop is its twin")
         if id(w_up) not in fused:
             fused[id(w_up)] = torch.cat([w_gate, w_up], 1)
-        layer = SimpleNamespace(
+        layer: Any = SimpleNamespace(
             num_experts=w_up.shape[0], gate_up_proj=fused[id(w_up)], down_proj=w_down, act_fn=F.silu
         )
         forward = getattr(Qwen3MoeExperts.forward, "__wrapped__", Qwen3MoeExperts.forward)

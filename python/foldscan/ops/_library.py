@@ -40,6 +40,7 @@ class _Kernels:
             with torch._C._AutoDispatchBelowAutograd():
                 return direct(*args)
 
+        call.default = overload  # type: ignore[attr-defined]
         setattr(self, name, call)
         return call
 
