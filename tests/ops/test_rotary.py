@@ -46,7 +46,7 @@ def test_gradient_turns_back(interleaved: bool) -> None:
     x, dout = torch.randn(5, 2, 8), torch.randn(5, 2, 8)
     found = []
     for dtype in (torch.float32, torch.float64):
-        leaf = x.to(dtype).requires_grad_()
+        leaf = x.detach().clone().to(dtype).requires_grad_()
         ops.rotary_embedding(leaf, cos, sin, positions, interleaved=interleaved).backward(dout.to(dtype))
         assert leaf.grad is not None
         found.append(leaf.grad)

@@ -43,7 +43,7 @@ def rotary_embedding(
     if x.dtype == torch.float16:
         return rotary_embedding(x.float(), cos, sin, positions, interleaved=interleaved).to(x.dtype)
     if x.stride(-1) != 1:
-        x = x.contiguous()
+        x = x.clone(memory_format=torch.contiguous_format)  # contiguous() keeps the strides of an empty tensor
     tables = (t.detach().float().contiguous() for t in (cos, sin))
     return kernels.rotary(x, *tables, positions.to(torch.int32), interleaved)
 
