@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from foldscan import ops
-from foldscan.bench.case import OURS, Case, Peer
+from foldscan.bench.case import OURS, Case, Implementation, Peer
 
 
 def _heads_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -54,7 +54,8 @@ def _implementations(t: int, hq: int, hk: int, d: int) -> dict[str, Peer]:
 
 
 def _lengths(total: int) -> list[int]:
-    draw, lengths = random.Random(0), []
+    draw = random.Random(0)
+    lengths: list[int] = []
     while sum(lengths) < total:
         lengths.append(min(round(16 * 64 ** draw.random()), total - sum(lengths)))
     return lengths
@@ -112,7 +113,7 @@ def _decode(b: int, keys: int, hq: int, hk: int, d: int) -> dict[str, Peer]:
         # The query heads of a group stand as query positions of their key head: right because nothing is masked.
         return _sdpa(q.view(b, hk, hq // hk, d), heads_k, heads_v).view(b, 1, hq, d)
 
-    plain = {"positions first": positions_first, "heads first": heads_first}
+    plain: dict[str, Implementation] = {"positions first": positions_first, "heads first": heads_first}
     if hq == hk:
         return {OURS: ours, "torch SDPA": plain}
     return {OURS: ours, "torch SDPA": plain | {"repeated heads": repeated}, "torch SDPA, group as rows": rows}
