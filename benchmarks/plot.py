@@ -175,7 +175,8 @@ def draw_roofline(rows: list[dict[str, Any]]) -> None:
         )
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("GFLOP/s")
-    panels[1].legend(fontsize=6, loc="lower right")
+    handles = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels())}
+    panels[1].legend(handles.values(), handles.keys(), fontsize=6, loc="lower right")
     figure.tight_layout()
     figure.savefig(IMAGES / "roofline.png", dpi=110)
     plt.close(figure)
