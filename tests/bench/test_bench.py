@@ -101,6 +101,7 @@ def options(**kwargs: Any) -> argparse.Namespace:
 
 def test_every_case_is_a_task_and_bad_options_are_named() -> None:
     assert {t[0].op for t in tasks(options())} == {c.op for c in CASES}
+    assert len({c.op for c in CASES}) == len(CASES)
     assert {t[2:] for t in tasks(options(op=["scan"], dtype=["bfloat16"], mode=["fwd"]))} == {("bfloat16", "fwd")}
     with pytest.raises(ValueError, match="--op: got"):
         tasks(options(op=["nothing"]))
