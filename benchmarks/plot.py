@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -80,23 +79,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def models_table() -> str:
-    """Whole models: tokens per second, ours beside the peers."""
-    rows = read("models.jsonl")
-    if not rows:
-        return "No results."
-    lines = ["| model | dtype | phase | implementation | tokens/s | times plain peer |", "|---|---|---|---|---|---|"]
-    return "\n".join(lines + [models_line(r) for r in rows])
-
-
-def models_line(row: dict[str, Any]) -> str:
-    ratio = row.get("ratio")
-    return (
-        f"| {row['op']} | {SHORT[row['dtype']]} | {row['mode']} | {row['impl']} | {row['tokens_s']:.1f} | "
-        f"{'' if ratio is None else f'{ratio:.2f}'} |"
-    )
-
-
 def rewrite(page: Path, marker: str, text: str, check: bool) -> bool:
     """Puts the text between the page's markers; True if it was something else."""
     begin, end = f"<!-- {marker}: begin -->", f"<!-- {marker}: end -->"
@@ -131,12 +113,12 @@ def draw_ratios(rows: list[dict[str, Any]]) -> None:
         axes.text(height * 1.03, i, f"{height:.2g}x  {name}", va="center", fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(list(places), labels, fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xlim(0.5, max(heights) * 4)
     axes.set_xlabel("time of the fastest peer / ours (1 = equal; red: the peer is faster)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(IMAGES / "ratios.png", dpi=110)
+    figure.savefig(IMAGES / "ratios.png", dpi=80, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -154,7 +136,7 @@ def draw_roofline(rows: list[dict[str, Any]]) -> None:
             continue
         peak = sorted(r["peak_gflops"] for r in ours)[len(ours) // 2]
         copy = sorted(r["copy_gbytes_s"] for r in ours)[len(ours) // 2]
-        xs = [2.0**e for e in range(-4, 13)]
+        xs = [2.0**-4, peak / copy, 2.0**12]
         axes.plot(xs, [min(peak, copy * x) for x in xs], color="black", linewidth=1)
         ops = list(dict.fromkeys(r["op"] for r in ours))
         for i, op in enumerate(ops):
@@ -180,10 +162,6 @@ def draw_roofline(rows: list[dict[str, Any]]) -> None:
     figure.tight_layout()
     figure.savefig(IMAGES / "roofline.png", dpi=110)
     plt.close(figure)
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(sum(math.log(v) for v in values) / len(values)) if values else float("nan")
 
 
 def main() -> int:
