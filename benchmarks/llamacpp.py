@@ -1,8 +1,8 @@
 """Our `Engine` beside llama.cpp on the same weights: prefill and decoding tokens a second.
 
-    python -m venv /tmp/llama
-    CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_OPENMP=OFF" /tmp/llama/bin/pip install llama-cpp-python==0.3.36
-    python benchmarks/llamacpp.py --python /tmp/llama/bin/python
+    python -m venv llama-env
+    CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_OPENMP=OFF" llama-env/bin/pip install llama-cpp-python==0.3.36
+    python benchmarks/llamacpp.py --python llama-env/bin/python
 
 llama.cpp runs in a process of its own (llamacpp_worker.py), which sleeps while we run, and we while it does. The
 weights are SmolLM2-135M's (from the package that the tests use), or random ones of a Qwen3-MoE or Mamba-2 shape, as
