@@ -115,7 +115,7 @@ int main(int argc, char** argv) {
   if (argc == 3 && !std::strcmp(argv[1], "--once")) {
     const auto it = kernels.find(argv[2]);
     if (it == kernels.end()) return std::fprintf(stderr, "no kernel %s\n", argv[2]), 2;
-    it->second()()();
+    it->second()();
     return 0;
   }
   for (const auto& [name, make] : kernels) {
