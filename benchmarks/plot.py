@@ -48,6 +48,17 @@ def ratios(impls: Case) -> dict[str, float]:
     }
 
 
+# Pages of docs/performance with a table of their own.
+FAMILIES = {
+    "linear": ("linear", "linear_decode", "linear_prefill"),
+    "ssm": ("scan", "scan_pruned", "causal_conv1d", "selective_state_update", "rmsnorm_gated"),
+    "attention": ("attention_causal", "attention_varlen", "attention_decode"),
+    "moe": ("moe_mlp", "moe_mlp_relu2", "moe_mlp_mixtral"),
+    "losses": ("linear_cross_entropy", "linear_logprob", "linear_logprob_entropy", "linear_kl_div"),
+    "pruning": ("linear_2_4",),
+}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """One line a case: our median, the roofline fraction, and how many times slower each peer was in the same run."""
     if not rows:
@@ -173,6 +184,9 @@ def main() -> int:
         (ROOT / "README.md", "benchmarks", table([r for r in rows if r["headline"]])),
         (ROOT / "docs" / "benchmarks.md", "operators", table(rows)),
     ]
+    for family, ops in FAMILIES.items():
+        page = ROOT / "docs" / "performance" / f"{family}.md"
+        pages.append((page, "operators", table([r for r in rows if r["op"] in ops])))
     stale = [page.name for page, marker, text in pages if rewrite(page, marker, text, options.check)]
     if not options.check:
         IMAGES.mkdir(exist_ok=True)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from foldscan import ops
-from foldscan.integrations.transformers.mamba2 import _convolve, _unpadded
-from foldscan.integrations.transformers.swap import fallback, runs_here
+from foldscan.integrations.transformers.mamba2 import cached, computes, convolve, unpadded
+from foldscan.integrations.transformers.swap import fallback
 
 
 def mixer(
@@ -19,20 +19,12 @@ def mixer(
     **kwargs: Any,
 ) -> torch.Tensor:
     """(B, L, d) to (B, L, d), extending ``cache_params`` where there is one."""
-    if (
-        not runs_here(hidden_states)
-        or kwargs.get("seq_idx") is not None
-        or kwargs.get("cu_seqlens") is not None
-        or (cache_params is not None and cache_params.is_recording_past(self.layer_idx))
-    ):
+    if not computes(self, hidden_states, cache_params, kwargs):
         return fallback(self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
     length, dtype = hidden_states.shape[1], hidden_states.dtype
-    conv_state = state = None
-    if cache_params is not None:
-        conv_state = cache_params.get_conv_state(self.layer_idx, state_idx=0)
-        state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
-    x, gate = self.in_proj(_unpadded(hidden_states, attention_mask)).chunk(2, dim=-1)
-    x = _unpadded(_convolve(self, x, cache_params, conv_state), attention_mask)
+    conv_state, state = cached(self, cache_params)
+    x, gate = self.in_proj(unpadded(hidden_states, attention_mask)).chunk(2, dim=-1)
+    x = unpadded(convolve(self, x, cache_params, conv_state), attention_mask)
     rank, n = self.time_step_rank, self.ssm_state_size
     dt, B, C = self.x_proj(x).split([rank, n, n], dim=-1)
     dt = ops.linear(dt, self.dt_proj.weight)

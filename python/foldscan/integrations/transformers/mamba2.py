@@ -34,27 +34,19 @@ def mixer(
     **kwargs: Any,
 ) -> torch.Tensor:
     """(B, L, d) to (B, L, d), extending ``cache_params`` where there is one."""
-    if (
-        not runs_here(hidden_states)
-        or kwargs.get("seq_idx") is not None
-        or kwargs.get("cu_seqlens") is not None
-        or (cache_params is not None and cache_params.is_recording_past(self.layer_idx))
-    ):
+    if not computes(self, hidden_states, cache_params, kwargs):
         return fallback(self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
     length, dtype = hidden_states.shape[1], hidden_states.dtype
-    conv_state = state = None
-    if cache_params is not None:
-        conv_state = cache_params.get_conv_state(self.layer_idx, state_idx=0)
-        state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
+    conv_state, state = cached(self, cache_params)
     if hasattr(self, "ssm_in_multiplier"):
         hidden_states = hidden_states * self.ssm_in_multiplier
-    projected = self.in_proj(_unpadded(hidden_states, attention_mask))
+    projected = self.in_proj(unpadded(hidden_states, attention_mask))
     if hasattr(self, "mup_vector"):
         projected = projected * self.mup_vector
     gate, xbc, dt = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
-    xbc = _convolve(self, xbc, cache_params, conv_state)
+    xbc = convolve(self, xbc, cache_params, conv_state)
     width = self.n_groups * self.ssm_state_size
-    x, B, C = _unpadded(xbc, attention_mask).split([self.intermediate_size, width, width], dim=-1)
+    x, B, C = unpadded(xbc, attention_mask).split([self.intermediate_size, width, width], dim=-1)
     x = x.unflatten(-1, (self.num_heads, self.head_dim))
     B, C = (m.unflatten(-1, (self.n_groups, self.ssm_state_size)) for m in (B, C))
     # FalconH1 may have no norm: then the gate acts in the scan.
@@ -89,12 +81,26 @@ def mixer(
     return self.out_proj(y.to(dtype))
 
 
-def _unpadded(t: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def computes(self: Any, hidden_states: torch.Tensor, cache: Any, options: dict[str, Any]) -> bool:
+    """Whether the mixers here, Mamba's and Mamba-2's, can take this call."""
+    if options.get("seq_idx") is not None or options.get("cu_seqlens") is not None:
+        return False
+    return runs_here(hidden_states) and not (cache is not None and cache.is_recording_past(self.layer_idx))
+
+
+def cached(self: Any, cache: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The layer's (convolution state, recurrent state), None where the cache holds nothing yet."""
+    if cache is None:
+        return None, None
+    return tuple(get(self.layer_idx, state_idx=0) for get in (cache.get_conv_state, cache.get_recurrent_state))
+
+
+def unpadded(t: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """Zero what is padding."""
     return t if attention_mask is None else (t * attention_mask[:, :, None]).to(t.dtype)
 
 
-def _convolve(self: Any, xbc: torch.Tensor, cache: Any, conv_state: torch.Tensor | None) -> torch.Tensor:
+def convolve(self: Any, xbc: torch.Tensor, cache: Any, conv_state: torch.Tensor | None) -> torch.Tensor:
     """The causal convolution of (B, L, C), after the inputs in the cache, which takes in the new ones."""
     weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
     inputs = xbc.transpose(1, 2)
@@ -119,18 +125,18 @@ def _step(
     C: torch.Tensor,
     z: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One token: the state is updated in place. What a head shares is made fp32 before it is expanded, not after."""
+    """One token: the state is updated in place."""
     P, N = self.head_dim, self.ssm_state_size
     y = ops.selective_state_update(
         state,
         x[:, 0],
-        dt[:, 0, :, None].float().expand(-1, -1, P),
+        dt[:, 0, :, None].expand(-1, -1, P),
         A[:, None, None].expand(-1, P, N),
         B[:, 0],
         C[:, 0],
-        self.D[:, None].float().expand(-1, P),
+        self.D[:, None].expand(-1, P),
         z=None if z is None else z[:, 0],
-        dt_bias=self.dt_bias[:, None].float().expand(-1, P),
+        dt_bias=self.dt_bias[:, None].expand(-1, P),
         dt_softplus=True,
     )
     return y[:, None]
