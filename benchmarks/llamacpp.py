@@ -28,14 +28,13 @@ from foldscan.generation import Engine
 from foldscan.models import load_pretrained, save_pretrained
 from gguf_files import write_gguf
 
-WORKER = Path(__file__).parent / "llamacpp_worker.py"
-
 
 class Worker:
-    """llama.cpp behind a pipe."""
+    """A script of this folder in another environment, behind a pipe."""
 
-    def __init__(self, python: str) -> None:
-        self.process = subprocess.Popen([python, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, python: str, script: str) -> None:
+        command = [python, str(Path(__file__).parent / script)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, **question: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -44,7 +43,7 @@ class Worker:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError("the llama.cpp worker died; its error is above")
+            raise RuntimeError("the worker died; its error is above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -109,7 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=models.RESULTS.with_name("llamacpp.jsonl"))
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    worker = Worker(options.python)
+    worker = Worker(options.python, "llamacpp_worker.py")
     for name in options.model or ["smollm2", "qwen3_moe", "mamba2"]:
         for dtype in options.dtype or list(models.DTYPES):
             compare(name, dtype, options, worker)

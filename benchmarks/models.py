@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from foldscan import info
-from foldscan.bench.driver import commit, device_name, keep, versions
+from foldscan.bench.driver import circumstances, keep
 from foldscan.generation import Engine
 from foldscan.integrations.transformers import accelerate, restore
 from foldscan.models import load_pretrained
@@ -137,11 +136,7 @@ def report(
 ) -> None:
     """Rows into the file, ratios onto the terminal."""
     about = {
-        "device": device_name("cpu"),
-        "threads": torch.get_num_threads(),
-        "isa": info.report()["isa"],
-        "versions": versions(),
-        "commit": commit(),
+        **circumstances(),
         "load": os.getloadavg()[0],
         "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
     }

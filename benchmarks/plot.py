@@ -13,8 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import goals
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PERFORMANCE = ROOT / "docs" / "performance"
 IMAGES = ROOT / "docs" / "images"
 OURS = "foldscan"
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
@@ -53,13 +56,13 @@ FAMILIES = {
     "linear": ("linear", "linear_decode", "linear_prefill"),
     "ssm": ("scan", "scan_pruned", "causal_conv1d", "selective_state_update", "rmsnorm_gated"),
     "attention": ("attention_causal", "attention_varlen", "attention_decode"),
-    "moe": ("moe_mlp", "moe_mlp_relu2", "moe_mlp_mixtral"),
+    "moe": ("moe_mlp", "moe_mlp_128", "moe_mlp_relu2", "moe_mlp_mixtral"),
     "losses": ("linear_cross_entropy", "linear_logprob", "linear_logprob_entropy", "linear_kl_div"),
     "pruning": ("linear_2_4",),
 }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], command: str = "foldscan bench", file: str = "cpu.jsonl") -> str:
     """One line a case: our median, the roofline fraction, and how many times slower each peer was in the same run."""
     if not rows:
         return "No results."
@@ -67,8 +70,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     memory = any(r.get("extra_mb") is not None for r in rows)
     lines = [
         f"{first['device']}, {first['threads']} threads, {first['isa']}, PyTorch {first['versions']['torch']}, "
-        f"transformers {first['versions']['transformers']}; medians of interleaved calls (`foldscan bench`, file "
-        "`benchmarks/results/cpu.jsonl`). The roofline is the larger of FLOPs / peak and bytes / copy bandwidth, both "
+        f"transformers {first['versions']['transformers']}; medians of interleaved calls (`{command}`, file "
+        f"`benchmarks/results/{file}`). The roofline is the larger of FLOPs / peak and bytes / copy bandwidth, both "
         "measured in the same run.",
         "",
         "| op | shape | dtype | mode | ours, ms | of roofline | peers, times slower |"
@@ -87,6 +90,51 @@ def table(rows: list[dict[str, Any]]) -> str:
             extra = [impls[n].get("extra_mb") for n in impls]
             line += " " + " / ".join("-" if e is None else f"{e:.0f}" for e in extra) + " |"
         lines.append(line)
+    return "\n".join(lines)
+
+
+def missed_table(rows: list[dict[str, Any]]) -> str:
+    """The goals that were not reached (benchmarks/goals.py), and what fraction of the roofline each would take."""
+    lines = [
+        "| op | shape | dtype | mode | against | goal | reached | roofline now | roofline at the goal |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    asked = 0
+    for (op, shape, dtype, mode), impls in by_case(rows).items():
+        reached, factors = impls[OURS]["roofline"], ratios(impls)
+        asked += goals.roofline(op, dict(shape), dtype, mode) is not None
+        asked += sum(goals.speedup(op, dict(shape), dtype, mode, peer) is not None for peer in factors)
+        sizes = " ".join(f"{k}={v}" for k, v in shape)
+        for against, goal, got, needs in goals.missed((op, shape, dtype, mode), reached, factors):
+            unit = (lambda x: f"{x:.0%}") if against == "roofline" else (lambda x: f"{x:.2f}x")
+            lines.append(
+                f"| {op} | {sizes} | {SHORT[dtype]} | {mode} | {against} | {unit(goal)} | {unit(got)} | {reached:.0%} "
+                f"| {needs:.0%} |"
+            )
+    return "\n".join([f"{asked - len(lines) + 2} of {asked} goals are reached. The others:", "", *lines])
+
+
+def model_table(rows: list[dict[str, Any]], base: str) -> str:
+    """Tokens a second of each implementation, and how many times those of `base` ours are."""
+    if not rows:
+        return "No results."
+    names = [base, *dict.fromkeys(r["impl"] for r in rows if r["impl"] != base)]
+    lines = [
+        f"{rows[0]['device']}, {rows[0]['threads']} threads, {rows[0]['isa']}; medians, tokens a second; in brackets "
+        f"against {base}.",
+        "",
+        f"| model | dtype | | {' | '.join(names)} |",
+        "|---" * (3 + len(names)) + "|",
+    ]
+    cases: dict[tuple[str, ...], dict[str, float]] = {}
+    for r in rows:
+        cases.setdefault((r["shape"]["model"], r["dtype"], r["mode"]), {})[r["impl"]] = r["tokens_s"]
+    for (model, dtype, mode), found in cases.items():
+        cells = [
+            "-" if n not in found else f"{found[n]:.4g}" + ("" if n == base else f" ({found[n] / found[base]:.2f}x)")
+            for n in names
+        ]
+        lines.append(f"| {model} | {SHORT[dtype]} | {mode} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -183,10 +231,16 @@ def main() -> int:
     pages = [
         (ROOT / "README.md", "benchmarks", table([r for r in rows if r["headline"]])),
         (ROOT / "docs" / "benchmarks.md", "operators", table(rows)),
+        (ROOT / "docs" / "benchmarks.md", "missed", missed_table(rows)),
+        (PERFORMANCE / "models.md", "transformers", model_table(read("models.jsonl"), "transformers")),
+        (PERFORMANCE / "models.md", "llama.cpp", model_table(read("llamacpp.jsonl"), "llama.cpp")),
     ]
     for family, ops in FAMILIES.items():
-        page = ROOT / "docs" / "performance" / f"{family}.md"
-        pages.append((page, "operators", table([r for r in rows if r["op"] in ops])))
+        pages.append((PERFORMANCE / f"{family}.md", "operators", table([r for r in rows if r["op"] in ops])))
+    single = read("ggml.jsonl")
+    for family in ("ssm", "attention"):
+        text = table([r for r in single if r["op"] in FAMILIES[family]], "benchmarks/ggml.py", "ggml.jsonl")
+        pages.append((PERFORMANCE / f"{family}.md", "ggml", text))
     stale = [page.name for page, marker, text in pages if rewrite(page, marker, text, options.check)]
     if not options.check:
         IMAGES.mkdir(exist_ok=True)

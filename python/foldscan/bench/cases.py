@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from foldscan.bench import attention, linear, losses, moe, pruning, ssm
+from foldscan.bench import attention, linear, losses, moe, overhead, pruning, ssm
 from foldscan.bench.case import Case
 
 CASES: list[Case] = [
@@ -12,4 +12,5 @@ CASES: list[Case] = [
     *moe.CASES,
     *losses.CASES,
     *pruning.CASES,
+    *overhead.CASES,
 ]

@@ -68,6 +68,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def circumstances(device: str = "cpu") -> dict[str, Any]:
+    """Where and with what a run was made; part of every row."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "isa": info.report()["isa"] if device == "cpu" else "",
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     """What a row is about; a newer run's rows take the place of an older run's of the same key."""
     return row["op"], tuple(row["shape"].values()), row["dtype"], row["mode"], row.get("device")
@@ -129,13 +140,7 @@ def run(options: argparse.Namespace) -> None:
     ) as progress:
         bar = progress.add_task("machine", total=len(todo))
         on = machine(options.device, threads)
-        about = {
-            "device": device_name(options.device),
-            "threads": threads,
-            "isa": info.report()["isa"] if options.device == "cpu" else "",
-            "versions": versions(),
-            "commit": commit(),
-        }
+        about = circumstances(options.device)
         for case, shape, dtype, mode in todo:
             progress.update(bar, description=f"{case.op} {dtype} {mode}")
             rows = []

@@ -156,6 +156,43 @@ def fastest(ways: dict[str, Callable[[], Any]]) -> str:
     return min(best, key=lambda name: best[name])
 
 
+def timing(
+    case: Case, shape: tuple[int, ...], dtype: str, mode: str, on: Machine, name: str, way: str, samples: list[float]
+) -> dict[str, Any]:
+    """A row: percentiles of the seconds that calls of one implementation took, and how far from the roofline they are.
+
+    Args:
+        way: how the implementation was written, where it could be in several ways.
+    """
+    backward = mode == "fwd+bwd"
+    share = case.work(name, *shape) if case.work else 1.0
+    flops = case.flops(*shape) * share * (case.backward_flops if backward else 1)
+    moved = case.bytes(*shape, element=DTYPES[dtype].itemsize) * share * (case.backward_bytes if backward else 1)
+    bound = max(flops / on.peak[dtype], moved / on.copy)
+    p50 = percentile(samples, 0.5)
+    return {
+        "op": case.op,
+        "shape": dict(zip(case.dims, shape)),
+        "dtype": dtype,
+        "mode": mode,
+        "impl": name,
+        "way": way,
+        "headline": shape in case.shapes[: case.headline],
+        "p20_ms": percentile(samples, 0.2) * 1e3,
+        "p50_ms": p50 * 1e3,
+        "p80_ms": percentile(samples, 0.8) * 1e3,
+        "rounds": len(samples),
+        "work": share,
+        "gflops": flops / p50 / 1e9,
+        "gbytes_s": moved / p50 / 1e9,
+        "intensity": flops / moved,
+        "roofline": bound / p50,
+        "bound": "compute" if flops / on.peak[dtype] > moved / on.copy else "memory",
+        "peak_gflops": on.peak[dtype] / 1e9,
+        "copy_gbytes_s": on.copy / 1e9,
+    }
+
+
 def measure(
     case: Case,
     shape: tuple[int, ...],
@@ -208,26 +245,4 @@ def measure(
             times[name].append(seconds(call))
         done += 1
     for name, samples in times.items():
-        share = case.work(name, *shape) if case.work else 1.0
-        flops = case.flops(*shape) * share * (case.backward_flops if backward else 1)
-        moved = case.bytes(*shape, element=DTYPES[dtype].itemsize) * share * (case.backward_bytes if backward else 1)
-        bound = max(flops / on.peak[dtype], moved / on.copy)
-        p50 = percentile(samples, 0.5)
-        yield {
-            **head,
-            "impl": name,
-            "way": chosen[name],
-            "headline": shape in case.shapes[: case.headline],
-            "p20_ms": percentile(samples, 0.2) * 1e3,
-            "p50_ms": p50 * 1e3,
-            "p80_ms": percentile(samples, 0.8) * 1e3,
-            "rounds": len(samples),
-            "work": share,
-            "gflops": flops / p50 / 1e9,
-            "gbytes_s": moved / p50 / 1e9,
-            "intensity": flops / moved,
-            "roofline": bound / p50,
-            "bound": "compute" if flops / on.peak[dtype] > moved / on.copy else "memory",
-            "peak_gflops": on.peak[dtype] / 1e9,
-            "copy_gbytes_s": on.copy / 1e9,
-        }
+        yield timing(case, shape, dtype, mode, on, name, chosen[name], samples)

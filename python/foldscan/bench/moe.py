@@ -108,11 +108,14 @@ def _case(op: str, shapes: list[tuple[int, ...]], activation: str, modes: tuple[
     )
 
 
-# A quarter of Qwen3-30B-A3B's experts, so that a training step of all peers fits 16 GB; as many rows an expert.
+# Qwen3-30B-A3B, Nemotron-3-Nano and Mixtral-8x7B layers. Training and the last two at reduced size: a quarter of the
+# experts, with as many rows each, or a quarter of the hidden width, so that a step of all peers fits 16 GB.
+BOTH = ("fwd", "fwd+bwd")
 CASES = [
-    _case("moe_mlp", [(2048, 2048, 768, 32, 2), (16, 2048, 768, 32, 8), (1, 2048, 768, 32, 8)], "silu",
-          ("fwd", "fwd+bwd")),
-    _case("moe_mlp_relu2", [(2048, 2688, 1856, 16, 2), (16, 2688, 1856, 32, 6), (1, 2688, 1856, 32, 6)], "relu2",
-          ("fwd", "fwd+bwd")),
-    _case("moe_mlp_mixtral", [(2048, 4096, 3584, 4, 2), (1, 4096, 3584, 4, 2)], "silu", ("fwd",)),
-]  # fmt: skip
+    _case("moe_mlp", [(2048, 2048, 768, 32, 2), (16, 2048, 768, 32, 8), (1, 2048, 768, 32, 8)], "silu", BOTH),
+    _case(
+        "moe_mlp_128", [(2048, 2048, 768, 128, 8), (16, 2048, 768, 128, 8), (1, 2048, 768, 128, 8)], "silu", ("fwd",)
+    ),
+    _case("moe_mlp_relu2", [(2048, 2688, 1856, 16, 2), (16, 2688, 1856, 32, 6), (1, 2688, 1856, 32, 6)], "relu2", BOTH),
+    _case("moe_mlp_mixtral", [(2048, 4096, 3584, 8, 2), (16, 4096, 3584, 8, 2), (1, 4096, 3584, 8, 2)], "silu", BOTH),
+]
