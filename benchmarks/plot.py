@@ -114,6 +114,17 @@ def missed_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([f"{asked - len(lines) + 2} of {asked} goals are reached. The others:", "", *lines])
 
 
+def calls_table(rows: list[dict[str, Any]]) -> str:
+    """What a call costs: ops that have next to nothing to do, and how much more they take than ``torch.add``."""
+    lines = ["| call | microseconds | over torch.add |", "|---|---|---|"]
+    for (op, shape, _, _), impls in by_case(rows).items():
+        ours, add = (1e3 * impls[n]["p50_ms"] / dict(shape)["calls"] for n in (OURS, "torch.add"))
+        name, recorded = op.removeprefix("overhead_"), op.endswith("_recorded")
+        label = name.removesuffix("_recorded") + (", recorded by autograd" if recorded else "")
+        lines.append(f"| {label} | {ours:.1f} | +{ours - add:.1f} |")
+    return "\n".join(lines)
+
+
 def model_table(rows: list[dict[str, Any]], base: str) -> str:
     """Tokens a second of each implementation, and how many times those of `base` ours are."""
     if not rows:
@@ -227,11 +238,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    rows = read("cpu.jsonl")
+    everything = read("cpu.jsonl")
+    rows = [r for r in everything if not r["op"].startswith("overhead_")]
+    calls = [r for r in everything if r["op"].startswith("overhead_")]
     pages = [
         (ROOT / "README.md", "benchmarks", table([r for r in rows if r["headline"]])),
         (ROOT / "docs" / "benchmarks.md", "operators", table(rows)),
         (ROOT / "docs" / "benchmarks.md", "missed", missed_table(rows)),
+        (PERFORMANCE / "linear.md", "calls", calls_table(calls)),
         (PERFORMANCE / "models.md", "transformers", model_table(read("models.jsonl"), "transformers")),
         (PERFORMANCE / "models.md", "llama.cpp", model_table(read("llamacpp.jsonl"), "llama.cpp")),
     ]

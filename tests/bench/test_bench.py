@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -130,13 +130,9 @@ def test_command_and_extra_memory(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.fixture
-def plot() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "plot.py"
-    spec = importlib.util.spec_from_file_location("plot", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def plot(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    return importlib.import_module("plot")
 
 
 def test_table_and_plots(plot: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,10 +143,19 @@ def test_table_and_plots(plot: ModuleType, tmp_path: Path, monkeypatch: pytest.M
         case = {"op": "o", "shape": {"N": 4}, "dtype": "float32", "mode": "fwd", "impl": impl}
         rows.append({**case, **measured, "intensity": 2.0, "peak_gflops": 10.0, "copy_gbytes_s": 5.0, **about})
     assert "| o | N=4 | fp32 | fwd | 2 | 50% | peer 2x |" in plot.table(rows)  # per work, not per call
+    missed = plot.missed_table([{**r, "op": "linear_kl_div", "p50_ms": 2.0} for r in rows])  # wanted: 1.5 times
+    assert (
+        "0 of 1 goals are reached" in missed and "| linear_kl_div | N=4 | fp32 | fwd | peer | 1.50x | 0.67x |" in missed
+    )
+    assert missed.endswith("| 50% | 112% |")  # 0.5 * 1.5 / 0.67
+    assert "1 of 1 goals are reached" in plot.missed_table([{**r, "op": "linear_kl_div"} for r in rows])
     monkeypatch.setattr(plot, "IMAGES", tmp_path)
     plot.draw_ratios(rows)
     plot.draw_roofline(rows)
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("ratios.png", "roofline.png"))
+    model = {"shape": {"model": "m"}, "dtype": "bfloat16", "mode": "decode", **about}
+    speeds = [{"impl": "base", "tokens_s": 50.0, **model}, {"impl": OURS, "tokens_s": 100.0, **model}]
+    assert "| m | bf16 | decode | 50 | 100 (2.00x) |" in plot.model_table(speeds, "base")
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- m: begin -->\nold\n<!-- m: end -->\nb\n")
     assert plot.rewrite(page, "m", "new", check=True) and "old" in page.read_text()

@@ -43,5 +43,5 @@ def current_backend() -> Backend:
 def use_native(*tensors: torch.Tensor | None) -> bool:
     """True when the compiled kernels take these tensors: native backend, CPU, and not fp64 (the reference's dtype)."""
     return _current == "native" and all(
-        t is None or (t.device.type in ("cpu", "meta") and t.dtype != torch.float64) for t in tensors
+        t is None or ((t.is_cpu or t.is_meta) and t.dtype != torch.float64) for t in tensors
     )

@@ -29,8 +29,10 @@ def tensor(
 
 def shape(name: str, value: torch.Tensor, *want: int | str) -> None:
     """Raise ValueError unless the shape matches; a string stands for any size and names it in the message."""
-    if value.dim() != len(want) or any(isinstance(w, int) and s != w for s, w in zip(value.shape, want)):
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want ({', '.join(str(w) for w in want)})")
+    got = value.shape
+    if got == want or (len(got) == len(want) and all(s == w or isinstance(w, str) for s, w in zip(got, want))):
+        return
+    raise ValueError(f"{name}: got shape {tuple(got)}, want ({', '.join(str(w) for w in want)})")
 
 
 def same_dtype(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from foldscan.ops._library import is_recording
+from foldscan.ops._backend import current_backend
+from foldscan.ops._library import is_recording, wants_grad
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -48,6 +50,24 @@ def find_pack(kind: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     return hit[6]
 
 
+def may_find(*inputs: torch.Tensor) -> bool:
+    """True for a plain call of a decode step: contiguous CPU tensors, no gradient, nothing that changes what is called.
+
+    All that an op would check about weights was then checked when `cached_pack` packed them.
+    """
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for t in inputs:
+        if type(t) is not torch.Tensor or not t.is_cpu or not t.is_contiguous():
+            return False
+    return current_backend() == "native"
+
+
 def cached_pack(
     kind: str, weight: torch.Tensor, dtype: torch.dtype, pack: Callable[[torch.Tensor, bool], torch.Tensor]
 ) -> torch.Tensor:
@@ -78,9 +98,7 @@ def cached_pack(
 
 def may_cache(weights: tuple[torch.Tensor, ...], others: tuple[torch.Tensor | None, ...]) -> bool:
     """True where packed weights may be used: no gradient is wanted, nothing is traced, every change can be noticed."""
-    if is_recording():
-        return False
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *others)):
+    if is_recording() or wants_grad(*weights, *others):
         return False
     for weight in weights:
         for t in (weight, weight._base):

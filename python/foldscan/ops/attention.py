@@ -61,9 +61,9 @@ def flash_attn_func(
     batch, seqlen_q, heads, head_dim = q.shape
     _checks.shape("k", k, batch, "seqlen_k", "heads", head_dim)
     _checks.shape("v", v, batch, k.shape[1], k.shape[2], "headdim")
-    cu_q = _even_lengths(batch, seqlen_q, q.device)
-    cu_k = _even_lengths(batch, k.shape[1], q.device)
-    out, lse = _attention(
+    cu_q = multiples(batch + 1, seqlen_q, q.device)
+    cu_k = multiples(batch + 1, k.shape[1], q.device)
+    out, lse = attend(
         q.flatten(0, 1),
         k.flatten(0, 1),
         v.flatten(0, 1),
@@ -135,7 +135,7 @@ def flash_attn_varlen_func(
         _checks.tensor("cu_seqlens_k", cu_seqlens_k, dtypes=(torch.int32,))
         _checks.shape("block_table", block_table, cu_seqlens_q.shape[0] - 1, "max_pages")
         _checks.tensor("block_table", block_table, dtypes=(torch.int32,))
-    out, lse = _attention(
+    out, lse = attend(
         q,
         k,
         v,
@@ -192,13 +192,26 @@ def merge_attention(
     return (out[0], lse[0]) if packed else (out, lse)
 
 
-def _even_lengths(batch: int, seqlen: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
+_counts: dict[tuple[int, int, torch.device], torch.Tensor] = {}
 
 
-def _dense(t: torch.Tensor) -> torch.Tensor:
-    """Dense in the last dimension; other strides are free."""
-    return t if t.stride(-1) == 1 else t.contiguous()
+def multiples(count: int, step: int, device: torch.device) -> torch.Tensor:
+    """0, step, .. (count - 1) step as int32, not to be written to: kept, since every layer of a step asks for the same.
+
+    The oldest are forgotten; the lengths of a decode step never come again.
+    """
+    if torch.compiler.is_compiling():
+        return torch.arange(count, dtype=torch.int32, device=device) * step
+    key = (count, step, device)
+    found = _counts.get(key)
+    if found is None:
+        with torch.inference_mode(False):  # an inference tensor could not be saved for a backward pass later
+            found = torch.arange(count, dtype=torch.int32, device=device) * step
+        if type(found) is torch.Tensor:  # a fake tensor belongs to one trace
+            while len(_counts) >= 64:
+                _counts.pop(next(iter(_counts)))
+            _counts[key] = found
+    return found
 
 
 def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
@@ -207,7 +220,7 @@ def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
     return window_size[0], 0 if causal else window_size[1]
 
 
-def _attention(
+def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -221,6 +234,7 @@ def _attention(
     window_size: tuple[int, int],
     softcap: float,
     alibi_slopes: torch.Tensor | None,
+    *,
     need_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The common core: q (total_q, Hq, D), k and v (total_k, Hkv, .) or pages; out and lse (Hq, total_q)."""

@@ -9,7 +9,7 @@ import torch
 from foldscan.ops import _checks
 from foldscan.ops._backend import current_backend, use_native
 from foldscan.ops._library import kernels, register
-from foldscan.ops.attention import dense, flash_attn_varlen_func, named_error
+from foldscan.ops.attention import attend, dense, multiples, named_error
 
 
 def kv_cache_append(
@@ -121,35 +121,41 @@ def flash_attn_with_kvcache(
         _checks.same_dtype("v", v, "q", q)
     elif rotary_cos is not None:
         raise ValueError("rotary_cos: got a table without k, want the new keys that it rotates")
-    totals = lengths + new
-    if not torch.compiler.is_compiling() and batch and int(totals.max()) > capacity:
-        raise ValueError(f"cache_seqlens: got {int(totals.max())} keys with the new ones, want at most {capacity}")
+    longest = lengths if isinstance(lengths, int) else _longest(lengths)
+    if longest + new > capacity:
+        raise ValueError(f"cache_seqlens: got {longest + new} keys with the new ones, want at most {capacity}")
     q, k_cache, v_cache = q.detach(), k_cache.detach(), v_cache.detach()
     if k is not None and v is not None:
         k, v = k.detach(), v.detach()
+        starts = lengths
+        if isinstance(starts, int):
+            starts = torch.full((batch,), starts, dtype=torch.int32, device=q.device)
         if rotary_cos is not None and rotary_sin is not None:
-            _check_rotary(rotary_cos, rotary_sin, head_dim, lengths, max(new, seqlen_q))
+            _check_rotary(rotary_cos, rotary_sin, head_dim, longest + max(new, seqlen_q))
             ordered = causal or window_size[0] >= 0 or window_size[1] >= 0
-            q = _rotate(q, rotary_cos, rotary_sin, lengths, rotary_interleaved, ordered)
-            k = _rotate(k, rotary_cos, rotary_sin, lengths, rotary_interleaved, True)
-        cu_new = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * new
-        kv_cache_append(k.flatten(0, 1), v.flatten(0, 1), k_cache, v_cache, table, cu_new, lengths)
-    cu_q = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * seqlen_q
-    cu_k = torch.nn.functional.pad(totals.cumsum(0, dtype=torch.int32), (1, 0))
-    out, lse = flash_attn_varlen_func(
+            q = _rotate(q, rotary_cos, rotary_sin, starts, rotary_interleaved, ordered)
+            k = _rotate(k, rotary_cos, rotary_sin, starts, rotary_interleaved, True)
+        cu_new = multiples(batch + 1, new, q.device)
+        kv_cache_append(k.flatten(0, 1), v.flatten(0, 1), k_cache, v_cache, table, cu_new, starts)
+    if isinstance(lengths, int) or (batch == 1 and not torch.compiler.is_compiling()):
+        cu_k = multiples(batch + 1, longest + new, q.device)
+    else:
+        cu_k = torch.nn.functional.pad((lengths + new).cumsum(0, dtype=torch.int32), (1, 0))
+    out, lse = attend(
         q.flatten(0, 1),
         k_cache,
         v_cache,
-        cu_q,
+        multiples(batch + 1, seqlen_q, q.device),
         cu_k,
-        seqlen_q,
-        capacity,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        block_table=table,
-        return_lse=True,
+        table,
+        None,
+        0.0,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        None,
+        need_lse=return_lse,
     )
     out = out.view(batch, seqlen_q, heads, v_cache.shape[3])
     return (out, lse.view(heads, batch, seqlen_q).transpose(0, 1).contiguous()) if return_lse else out
@@ -169,7 +175,7 @@ def _table(
     if cache_batch_idx is None:
         if k_cache.shape[0] < batch:
             raise ValueError(f"k_cache: got {k_cache.shape[0]} sequences, want at least the batch of {batch}")
-        return torch.arange(batch, dtype=torch.int32, device=k_cache.device)[:, None], page_size
+        return multiples(batch, 1, k_cache.device)[:, None], page_size
     _checks.tensor("cache_batch_idx", cache_batch_idx, dtypes=(torch.int32, torch.int64))
     _checks.shape("cache_batch_idx", cache_batch_idx, batch)
     return cache_batch_idx.to(torch.int32)[:, None], page_size
@@ -181,26 +187,32 @@ def _cache_lengths(
     k_cache: torch.Tensor,
     k: torch.Tensor | None,
     block_table: torch.Tensor | None,
-) -> torch.Tensor:
+) -> int | torch.Tensor:
+    """Keys in the cache: one number for all sequences, or a tensor (batch)."""
     if cache_seqlens is None:
         if k is not None or block_table is not None:
             raise ValueError("cache_seqlens: got None, want the keys in the cache when k or a block_table is given")
         cache_seqlens = k_cache.shape[1]
     if isinstance(cache_seqlens, int):
-        return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=k_cache.device)
+        return cache_seqlens
     _checks.tensor("cache_seqlens", cache_seqlens, dtypes=(torch.int32, torch.int64))
     _checks.shape("cache_seqlens", cache_seqlens, batch)
     return cache_seqlens.to(torch.int32).contiguous()
 
 
-def _check_rotary(cos: torch.Tensor, sin: torch.Tensor, head_dim: int, lengths: torch.Tensor, tokens: int) -> None:
+def _longest(lengths: torch.Tensor) -> int:
+    """The most keys of a sequence; 0 where the values are not known (while compiling) or there are none."""
+    return 0 if torch.compiler.is_compiling() or lengths.numel() == 0 else int(lengths.max())
+
+
+def _check_rotary(cos: torch.Tensor, sin: torch.Tensor, head_dim: int, positions: int) -> None:
     _checks.tensor("rotary_cos", cos, dims=2)
     _checks.tensor("rotary_sin", sin, dims=2)
     _checks.shape("rotary_sin", sin, *cos.shape)
     if 2 * cos.shape[1] > head_dim:
         raise ValueError(f"rotary_cos: got {cos.shape[1]} angles, want at most half the head dimension {head_dim}")
-    if not torch.compiler.is_compiling() and lengths.numel() and int(lengths.max()) + tokens > cos.shape[0]:
-        raise ValueError(f"rotary_cos: got {cos.shape[0]} positions, want {int(lengths.max()) + tokens}")
+    if not torch.compiler.is_compiling() and positions > cos.shape[0]:
+        raise ValueError(f"rotary_cos: got {cos.shape[0]} positions, want {positions}")
 
 
 def _rotate(

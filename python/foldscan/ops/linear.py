@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from foldscan.ops import _checks
-from foldscan.ops._backend import current_backend, use_native
+from foldscan.ops._backend import use_native
 from foldscan.ops._library import compute_dtype, kernels, register
-from foldscan.ops._packed import PLAIN, cached_pack, find_pack, may_cache
+from foldscan.ops._packed import cached_pack, find_pack, may_cache, may_find
 
 _linear_packed = torch.ops.foldscan.linear_packed.default._op  # no autograd formula to pass by
 
@@ -35,19 +35,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         TypeError: wrong dtypes. ValueError: wrong shapes.
     """
     if (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and type(x) is torch.Tensor
-        and type(weight) in PLAIN
+        may_find(x)
         and (packed := find_pack("linear", weight, x.dtype)) is not None
-        and x.is_contiguous()
-        and x.is_cpu
         and x.dim() > 0
         and x.shape[-1] == weight.shape[1]
         and (bias is None or (bias.dtype is torch.float32 and bias.is_contiguous() and bias.shape == weight.shape[:1]))
-        and not torch.is_autocast_enabled("cpu")
-        and current_backend() == "native"
-    ):  # a decode step: all that the checks below would find was found when the weight was packed
+    ):
         return _linear_packed(x, packed, *weight.shape, bias)
     _checks.tensor("x", x)
     _checks.tensor("weight", weight, dims=2)
@@ -68,7 +61,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         raise TypeError(f"weight: got dtype {weight.dtype}, want {dtype} as x has (or float32)")
     if bias is not None:
         bias = bias.float()
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     if weight.stride(1) != 1:
@@ -77,7 +70,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         out = kernels.linear_packed(rows, packed_linear(weight, dtype), weight.shape[0], weight.shape[1], bias)
     else:
         out = kernels.linear(rows, weight, bias)
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
 def packed_linear(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

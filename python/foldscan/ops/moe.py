@@ -9,14 +9,15 @@ import torch
 
 from foldscan.ops import _checks
 from foldscan.ops._backend import current_backend, use_native
-from foldscan.ops._library import compute_dtype, is_recording, kernels, register
-from foldscan.ops._packed import cached_pack, may_cache
+from foldscan.ops._library import compute_dtype, is_recording, kernels, register, wants_grad
+from foldscan.ops._packed import cached_pack, find_pack, may_cache, may_find
 from foldscan.ops.moe_routing import check_experts
 from foldscan.reference import eager_moe
 from foldscan.reference import moe as reference
 
 Activation = Literal["silu", "relu2", "gelu"]
 _ACTIVATIONS = ("silu", "relu2", "gelu")
+_moe_packed = torch.ops.foldscan.moe_mlp_packed.default._op  # no autograd formula to pass by
 
 
 def grouped_mm(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -96,6 +97,10 @@ def moe_mlp(
     Raises:
         TypeError: wrong dtypes. ValueError: wrong shapes, or an expert out of range.
     """
+    if may_find(tokens, probs, experts):
+        out = _decode(tokens, probs, experts, w_up, w_down, w_gate, activation)
+        if out is not None:
+            return out
     _checks.tensor("tokens", tokens, dims=2)
     _checks.tensor("probs", probs, dims=2)
     _checks.tensor("w_up", w_up, dims=3)
@@ -130,12 +135,48 @@ def moe_mlp(
         raise TypeError(f"w_up: got dtype {w_up.dtype}, want {dtype} as tokens has (or float32)")
     code = _ACTIVATIONS.index(activation)
     tokens, probs, ids = tokens.contiguous(), probs.float().contiguous(), experts.long().contiguous()
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (tokens, probs, *weights))
+    keep = wants_grad(tokens, probs, *weights)
     if may_cache(tuple(w for w in weights if w is not None), (tokens, probs)):
         packed = [None if w is None else cached_pack("moe", w, dtype, _pack) for w in weights]
         return kernels.moe_mlp_packed(tokens, probs, ids, *packed, F, w_down.shape[1], code)
     dense = [None if w is None else w.contiguous() for w in weights]
     return kernels.moe_mlp(tokens, probs, ids, *dense, code, keep)[0]
+
+
+def _decode(
+    tokens: torch.Tensor,
+    probs: torch.Tensor,
+    experts: torch.Tensor,
+    w_up: torch.Tensor,
+    w_down: torch.Tensor,
+    w_gate: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor | None:
+    """`moe_mlp` on weights that an earlier call has checked and packed; None where anything is not as usual."""
+    up, down = find_pack("moe", w_up, tokens.dtype), find_pack("moe", w_down, tokens.dtype)
+    if up is None or down is None or tokens.dim() != 2 or experts.dim() != 2:
+        return None
+    gate = None
+    if w_gate is not None:
+        gate = find_pack("moe", w_gate, tokens.dtype)
+        if gate is None or w_gate.shape != w_up.shape:
+            return None
+    E, F, H = w_up.shape
+    if (
+        tokens.shape[1] != H
+        or w_down.shape[0] != E
+        or w_down.shape[2] != F
+        or experts.shape[0] != tokens.shape[0]
+        or probs.shape != experts.shape
+        or experts.dtype is not torch.int64
+        or probs.dtype is not torch.float32
+        or activation not in _ACTIVATIONS
+    ):
+        return None
+    try:
+        return _moe_packed(tokens, probs, experts, up, down, gate, F, w_down.shape[1], _ACTIVATIONS.index(activation))
+    except RuntimeError:  # an expert out of range: the checks say which
+        return None
 
 
 def _pack(weight: torch.Tensor, as_bf16: bool) -> torch.Tensor:

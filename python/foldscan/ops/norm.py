@@ -70,6 +70,8 @@ def rmsnorm_fn(
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
+    if t.dim() == 2 and t.stride(1) == 1:
+        return t
     t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
     return t if t.stride(1) == 1 else t.contiguous()
 
