@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> run_experts(const Tensor& tokens, const Tenso
   const int64_t R = s.T * s.k;
   Tensor out = empty({s.T, s.D}, type);
   Tensor up = empty({keep ? R : 0, s.F}, type), gate = empty({keep && gated ? R : 0, s.F}, type);
-  Tensor hidden = empty({R, s.F}, type), y = empty({R, s.D}, ScalarType::Float);
+  Tensor hidden = empty({R, s.F}, type), y = empty({s.k > 1 ? R : 0, s.D}, ScalarType::Float);
   moe::cpu::expert_forward({.tokens = data(tokens),
                             .probs = in_f32(probs),
                             .experts = in_i64(experts),
@@ -217,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   Tensor dw_down = empty({need_down ? s.E : 0, s.D, s.F}, w_up.scalar_type());
   Tensor dw_gate = empty({need_gate ? s.E : 0, s.F, s.H}, w_up.scalar_type());
   Tensor du = empty({R, s.F}, type), dg = empty({w_gate ? R : 0, s.F}, type), hp = empty({R, s.F}, type);
-  Tensor dx = empty({need_tokens ? R : 0, s.H}, ScalarType::Float);
+  Tensor dx = empty({need_tokens && s.k > 1 ? R : 0, s.H}, ScalarType::Float);
   moe::cpu::expert_backward({.dout = data(dout),
                              .tokens = data(tokens),
                              .probs = in_f32(probs),

@@ -31,22 +31,23 @@ constexpr int64_t kLoadRows = 48;  // rows of A that are copied at a time: a mul
 static_assert(kLoadRows % kTileMR<float> == 0 && kLoadRows % kTileMR<bf16> == 0);
 
 // C (rows x cols) = or += A B over one run of K: all row tiles of a panel before the next panel, and meanwhile the
-// panel after it is fetched, `next` after the last. before(n, m) is called before a register tile at (m, n), after(n,
-// m, rows, cols, values) when its values are in C. With `one_tile`, c holds one register tile, which after() has to
-// take away.
-template <class T, class Before, class After>
-FOLDSCAN_INLINE void gemm_run(int64_t rows, int64_t cols, int64_t kc, const T* a, int64_t lda, int64_t ak, const T* b,
-                              int64_t panel, float* c, int64_t ldc, bool one_tile, Into into, const T* next,
+// panel after it is fetched, `next` after the last. panel_at(n): the panel of columns n .. n + kNR. before(n, m) is
+// called before a register tile at (m, n), after(n, m, rows, cols, values) when its values are in C. With `one_tile`, c
+// holds one register tile, which after() has to take away.
+template <class T, class PanelAt, class Before, class After>
+FOLDSCAN_INLINE void gemm_run(int64_t rows, int64_t cols, int64_t kc, const T* a, int64_t lda, int64_t ak,
+                              const PanelAt& panel_at, float* c, int64_t ldc, bool one_tile, Into into, const T* next,
                               const Before& before, const After& after) {
   constexpr int MR = kTileMR<T>;
   constexpr int64_t line = 64 / sizeof(T), near = 4096 / sizeof(T);
   const int64_t steps = ceil_div(kc, kK<T>), fetches = steps / kAheadSteps;
   const int64_t lines = fetches ? ceil_div(steps * kK<T> * kNR / line, ceil_div(rows, MR) * fetches) : 0;
-  for (int64_t n = 0; n < cols; n += kNR, b += panel) {
+  for (int64_t n = 0; n < cols; n += kNR) {
+    const T* b = panel_at(n);
     const int64_t width = imin(kNR, cols - n);
     const int nv = static_cast<int>(ceil_div(width, kLanes)), tail = static_cast<int>(width - (nv - 1) * kLanes);
     // A single row tile reads B at the speed of memory: stay close. Otherwise every row tile fetches its part.
-    const T* then = rows <= MR ? b + near : n + kNR < cols ? b + panel : next;
+    const T* then = rows <= MR ? b + near : n + kNR < cols ? panel_at(n + kNR) : next;
     Ahead ahead{reinterpret_cast<const char*>(then), then ? lines : 0};
     for (int64_t m = 0; m < rows; m += MR) {
       const int count = static_cast<int>(imin(MR, rows - m));
@@ -63,15 +64,15 @@ template <class T>
 FOLDSCAN_INLINE void gemm_run(int64_t rows, int64_t cols, int64_t kc, const T* a, int64_t lda, int64_t ak, const T* b,
                               int64_t panel, float* c, int64_t ldc, Into into, const T* next) {
   gemm_run<T>(
-      rows, cols, kc, a, lda, ak, b, panel, c, ldc, false, into, next, [](int64_t, int64_t) {},
-      [](int64_t, int64_t, int64_t, int64_t, const float*) {});
+      rows, cols, kc, a, lda, ak, [&](int64_t n) { return b + n / kNR * panel; }, c, ldc, false, into, next,
+      [](int64_t, int64_t) {}, [](int64_t, int64_t, int64_t, int64_t, const float*) {});
 }
 
 // B in panels, packed ahead of time.
 template <class T>
 struct PackedB {
   const T* p;
-  int64_t panel;
+  int64_t panel;  // elements from a panel to the next
   FOLDSCAN_INLINE const T* run(int64_t n, int64_t k) const { return p + n / kNR * panel + k * kNR; }
   FOLDSCAN_INLINE void prepare(int64_t, int64_t, int64_t, int64_t) const {}
 };
@@ -83,32 +84,36 @@ struct RawB {
   const S* p;
   int64_t k_stride, n_stride;
   T* own = nullptr;
-  static constexpr int64_t panel = 0;
   FOLDSCAN_INLINE const T* run(int64_t, int64_t) const { return own; }
   FOLDSCAN_INLINE void prepare(int64_t n, int64_t width, int64_t k, int64_t kc) const {
     pack_b(p + k * k_stride + n * n_stride, k_stride, n_stride, kc, width, own);
   }
 };
 
-// One task: C[m0.. m0+rows, n0.. n0+cols). a: kTileRows * (kKC + 2), c: kTileRows * kTileCols; next: the panels that
-// this thread will probably read after this task.
-template <class T, class LoadA, class B, class Store>
-FOLDSCAN_INLINE void matmul_tile(int64_t m0, int64_t rows, int64_t n0, int64_t cols, int64_t K, const LoadA& load_a,
-                                 const B& b, T* a, float* c, const T* next, const Store& store) {
+// One task: C[m0.. m0+rows, n0.. n0+cols), cols <= kTileCols. a: kTileRows * (kKC + 2), c: kTileRows * kTileCols; next:
+// the panels that this thread will probably read after this task.
+// load_a(m, rows, k, count, dst, ld) copies a block of A, load_a.ahead(m, rows, k, count) asks for one; b.prepare(n,
+// cols, k, count) is called before b.run(n, k), the panel of columns n from k on, is read. store(m, n, values, count)
+// gets a row of one panel; the rows of the panel before it stand kNR to the left of them in C if kWhole. No run crosses
+// a multiple of `segment`, so that K may be several products after one another.
+template <class T, bool kWhole = false, class LoadA, class B, class Store>
+FOLDSCAN_INLINE void matmul_tile(int64_t m0, int64_t rows, int64_t n0, int64_t cols, int64_t K, int64_t segment,
+                                 const LoadA& load_a, const B& b, T* a, float* c, const T* next, const Store& store) {
   constexpr int64_t lda = kKC + 2;
-  const int64_t panels = ceil_div(cols, kNR), ldc = K <= kKC ? kNR : kTileCols;
+  const bool one_tile = !kWhole && K <= imin(kKC, segment);
+  const int64_t panels = ceil_div(cols, kNR), ldc = one_tile ? kNR : kTileCols;
   int64_t k = 0;
   do {
-    const int64_t kc = imin(kKC, K - k), part = ceil_div(kKC, panels);
+    const int64_t kc = imin(imin(kKC, K - k), segment - (k ? k % segment : 0)), part = ceil_div(kKC, panels);
     const bool last = k + kc == K;
     gemm_run<T>(
-        rows, cols, kc, a, lda, kK<T>, b.run(n0, k), b.panel, c, ldc, K <= kKC, k > 0 ? Into::kAdd : Into::kSet,
-        last ? next : b.run(n0, k + kKC),
+        rows, cols, kc, a, lda, kK<T>, [&](int64_t n) { return b.run(n0 + n, k); }, c, ldc, one_tile,
+        k > 0 ? Into::kAdd : Into::kSet, last ? next : b.run(n0, k + kc),
         [&](int64_t n, int64_t m) {
           if (m == 0) b.prepare(n0 + n, imin(kNR, cols - n), k, kc);
           if (n == 0 && m % kLoadRows == 0) load_a(m0 + m, imin(kLoadRows, rows - m), k, kc, a + m * lda, lda);
           // While a panel is multiplied, a part of the next run of A comes nearer.
-          const int64_t at = k + kKC + n / kNR * part;
+          const int64_t at = k + kc + n / kNR * part;
           if (at < K) load_a.ahead(m0 + m, imin(kTileMR<T>, rows - m), at, imin(part, K - at));
         },
         [&](int64_t n, int64_t m, int64_t count, int64_t width, const float* values) {
@@ -137,7 +142,7 @@ void matmul(int64_t M, int64_t N, int64_t K, const LoadA& load_a, const T* packe
   const PackedB<T> b{packed_b, b_panel_size<T>(K)};
   matmul_tasks<T>(M, N, K, [&](int64_t m0, int64_t rows, int64_t n0, int64_t cols, T* a, float* c) {
     const int64_t then = rows < M ? n0 : n0 + round_up(cols, kNR);
-    matmul_tile<T>(m0, rows, n0, cols, K, load_a, b, a, c, then < N ? b.run(then, 0) : nullptr, store);
+    matmul_tile<T>(m0, rows, n0, cols, K, K, load_a, b, a, c, then < N ? b.run(then, 0) : nullptr, store);
   });
 }
 
@@ -160,7 +165,7 @@ void matmul(int64_t M, int64_t N, int64_t K, const LoadA& load_a, const RawB<S, 
   matmul_tasks<T>(M, N, K, [&](int64_t m0, int64_t rows, int64_t n0, int64_t cols, T* a, float* c) {
     Scratch mine;
     const RawB<S, T> own{b.p, b.k_stride, b.n_stride, mine.get<T>(b_panel_size<T>(kKC))};
-    matmul_tile<T>(m0, rows, n0, cols, K, load_a, own, a, c, nullptr, store);
+    matmul_tile<T>(m0, rows, n0, cols, K, K, load_a, own, a, c, nullptr, store);
   });
 }
 

@@ -122,7 +122,7 @@ struct ExpertForward {
   void* out;        // (T, D)
   void *up, *gate;  // (T k, F): pre-activations of the sorted rows, kept for backward, or null
   void* hidden;     // (T k, F) workspace of the tokens' type
-  float* y;         // (T k, D) workspace
+  float* y;         // (T k, D) workspace where k > 1
   int64_t T, k, E, H, F, D;
   Activation activation;
   DType type;
@@ -139,7 +139,7 @@ struct ExpertBackward {
   float* dprobs;                    // (T, k) or null
   void *dw_up, *dw_gate, *dw_down;  // of the weights' type, or null
   void *du, *dg, *hp;               // (T k, F) workspaces of the tokens' type; dg may be null without a gate
-  float* dx;                        // (T k, H) workspace when dtokens is given
+  float* dx;                        // (T k, H) workspace when dtokens is given and k > 1
   int64_t T, k, E, H, F, D;
   Activation activation;
   DType type;

@@ -130,60 +130,59 @@ void sum_slots(const float* y, const int64_t* inverse, int64_t tokens, int64_t k
 template <class T, int NB>
 void project_up(const ExpertForward& p, const Rows& rows) {
   const T* tokens = static_cast<const T*>(p.tokens);
-  const auto row = [&](int64_t r) { return tokens + rows.ids[r] / p.k * p.H; };
-  const Operand<T> up{p.w.up, p.w.type, p.F * p.H, 1, p.H, static_cast<const T*>(p.w.packed_up)};
-  const Operand<T> gate{p.w.gate, p.w.type, p.F * p.H, 1, p.H, static_cast<const T*>(p.w.packed_gate)};
+  const Operand<T> operands[2] = {{p.w.up, p.w.type, p.F * p.H, 1, p.H, static_cast<const T*>(p.w.packed_up)},
+                                  {p.w.gate, p.w.type, p.F * p.H, 1, p.H, static_cast<const T*>(p.w.packed_gate)}};
   T* keep_up = static_cast<T*>(p.up);
   T* keep_gate = static_cast<T*>(p.gate);
   T* hidden = static_cast<T*>(p.hidden);
-  for_tiles(rows.starts, p.E, p.F, NB * p.H, kTaskCols,
-            [&](int64_t e, int64_t r0, int64_t count, int64_t n, int64_t cols) {
-              Scratch scratch;
-              const T* b[NB];
-              float* c[NB];
-              for (int i = 0; i < NB; ++i) {
-                b[i] = (i ? gate : up).panels(e, n, cols, p.H, p.F, scratch.get<T>(b_packed_size<T>(p.H, cols)));
-                c[i] = scratch.get<float>(kTileRows * kTaskCols);
-              }
-              T* a = scratch.get<T>(kTileRows * (kKC + 2));
-              for (int64_t r = r0; r < r0 + count; r += kTileRows) {
-                const int64_t m = imin(kTileRows, r0 + count - r);
-                multiply_tile<T, NB>(r, m, cols, p.H, gathered_rows<T>(row), b, a, c, false);
-                with_activation(p.activation, [&](auto activation) {
-                  for (int64_t i = 0; i < m; ++i) {
-                    const int64_t at = (r + i) * p.F + n;
-                    activate_row<T>(activation, c[0] + i * kTaskCols, NB == 2 ? c[NB - 1] + i * kTaskCols : nullptr,
-                                    p.probs[rows.ids[r + i]], cols, keep_up ? keep_up + at : nullptr,
-                                    keep_gate ? keep_gate + at : nullptr, hidden + at);
-                  }
-                });
-              }
-            });
+  with_activation(p.activation, [&](auto activation) {
+    multiply_groups<T, NB>(
+        rows.starts, p.E, p.F, p.H, p.H, operands[0].packed,
+        gathered_rows<T>([&](int64_t r, int64_t k) { return tokens + rows.ids[r] / p.k * p.H + k; }),
+        [&](int64_t e, int64_t n, int64_t cols, Scratch& scratch) {
+          InTurn<T, NB> b{{}, b_panel_size<T>(p.H)};
+          for (int i = 0; i < NB; ++i) b.b[i] = operands[i].panels(e, n, cols, p.H, p.F, scratch);
+          return b;
+        },
+        [&](int64_t, int64_t r, int64_t n, int64_t count, const float* const(&v)[NB]) {
+          const int64_t at = r * p.F + n;
+          activate_row<T>(activation, v[0], NB == 2 ? v[NB - 1] : nullptr, p.probs[rows.ids[r]], count,
+                          keep_up ? keep_up + at : nullptr, keep_gate ? keep_gate + at : nullptr, hidden + at);
+        });
+  });
 }
 
-// y (R, N, fp32) = sum over i of a[i] (R, K) B[i], one or two products in a chain.
-template <class T>
+// put(r, n, values, count): rows of a[0] B[0] + a[1] B[1], the second where given; a[i] (R, K), B[i] (K, N).
+template <class T, class Put>
 void project(const Rows& rows, int64_t E, int64_t N, int64_t K, const T* const (&a)[2], const Operand<T> (&b)[2],
-             float* y) {
-  for_tiles(rows.starts, E, N, K, kTaskCols, [&](int64_t e, int64_t r0, int64_t count, int64_t n, int64_t cols) {
-    Scratch scratch;
-    const T* panels[2] = {};
-    for (int i = 0; i < 2; ++i)
-      if (a[i]) panels[i] = b[i].panels(e, n, cols, K, N, scratch.get<T>(b_packed_size<T>(K, cols)));
-    T* tile = scratch.get<T>(kTileRows * (kKC + 2));
-    float* c[1] = {scratch.get<float>(kTileRows * kTaskCols)};
-    for (int64_t r = r0; r < r0 + count; r += kTileRows) {
-      const int64_t m = imin(kTileRows, r0 + count - r);
-      for (int i = 0; i < 2; ++i) {
-        if (!a[i]) continue;
-        const T* base = a[i];
-        const T* one[1] = {panels[i]};
-        multiply_tile<T, 1>(r, m, cols, K, gathered_rows<T>([&](int64_t q) { return base + q * K; }), one, tile, c,
-                            i > 0);
-      }
-      for (int64_t i = 0; i < m; ++i) copy_row(c[0] + i * kTaskCols, cols, y + (r + i) * N + n, cols);
-    }
-  });
+             const Put& put) {
+  multiply_groups<T, 1>(
+      rows.starts, E, N, a[1] ? 2 * K : K, K, b[0].packed,
+      gathered_rows<T>([&](int64_t r, int64_t k) { return k < K ? a[0] + r * K + k : a[1] + r * K + k - K; }),
+      [&](int64_t e, int64_t n, int64_t cols, Scratch& scratch) {
+        const T* first = b[0].panels(e, n, cols, K, N, scratch);
+        return AfterAnother<T>{first, a[1] ? b[1].panels(e, n, cols, K, N, scratch) : nullptr, K, b_panel_size<T>(K)};
+      },
+      [&](int64_t, int64_t r, int64_t n, int64_t count, const float* const(&v)[1]) { put(r, n, v[0], count); });
+}
+
+// out (tokens, N): every token's sum over its slots of a row's products (see project). With one slot a row is its
+// token's result; otherwise y (R, N) holds the rows.
+template <class T>
+void project_to_tokens(const Rows& rows, int64_t tokens, int64_t k, int64_t E, int64_t N, int64_t K,
+                       const T* const (&a)[2], const Operand<T> (&b)[2], float* y, T* out) {
+  if (k == 1) {
+    for (int64_t t = 0; t < tokens; ++t)
+      if (rows.inverse[t] < 0) std::memset(out + t * N, 0, static_cast<size_t>(N) * sizeof(T));
+    project<T>(rows, E, N, K, a, b, [&](int64_t r, int64_t n, const float* values, int64_t count) {
+      copy_row(values, count, out + rows.ids[r] * N + n, count);
+    });
+  } else {
+    project<T>(rows, E, N, K, a, b, [&](int64_t r, int64_t n, const float* values, int64_t count) {
+      copy_row(values, count, y + r * N + n, count);
+    });
+    sum_slots(y, rows.inverse, tokens, k, N, out);
+  }
 }
 
 template <class T>
@@ -196,8 +195,8 @@ void run_forward(const ExpertForward& p) {
     project_up<T, 1>(p, rows);
   }
   const Operand<T> down{p.w.down, p.w.type, p.D * p.F, 1, p.F, static_cast<const T*>(p.w.packed_down)};
-  project<T>(rows, p.E, p.D, p.F, {static_cast<const T*>(p.hidden), nullptr}, {down, down}, p.y);
-  sum_slots(p.y, rows.inverse, p.T, p.k, p.D, static_cast<T*>(p.out));
+  project_to_tokens<T>(rows, p.T, p.k, p.E, p.D, p.F, {static_cast<const T*>(p.hidden), nullptr}, {down, down}, p.y,
+                       static_cast<T*>(p.out));
 }
 
 // du, dg, hp and dprobs from dout.
@@ -207,31 +206,22 @@ void backward_activation(const ExpertBackward& p, const Rows& rows) {
   const int64_t blocks = ceil_div(p.F, kNR), R = p.T * p.k;
   float* dp = outer.get<float>(R * blocks);
   const T* dout = static_cast<const T*>(p.dout);
-  const auto row = [&](int64_t r) { return dout + rows.ids[r] / p.k * p.D; };
   const Operand<T> down{p.w.down, p.w.type, p.D * p.F, p.F, 1, nullptr};
   const T* up = static_cast<const T*>(p.up);
   const T* gate = static_cast<const T*>(p.gate);
-  for_tiles(rows.starts, p.E, p.F, p.D, kTaskCols, [&](int64_t e, int64_t r0, int64_t count, int64_t n, int64_t cols) {
-    Scratch scratch;
-    const T* b[1] = {down.panels(e, n, cols, p.D, p.F, scratch.get<T>(b_packed_size<T>(p.D, cols)))};
-    float* c[1] = {scratch.get<float>(kTileRows * kTaskCols)};
-    T* a = scratch.get<T>(kTileRows * (kKC + 2));
-    for (int64_t r = r0; r < r0 + count; r += kTileRows) {
-      const int64_t m = imin(kTileRows, r0 + count - r);
-      multiply_tile<T, 1>(r, m, cols, p.D, gathered_rows<T>(row), b, a, c, false);
-      with_activation(p.activation, [&](auto activation) {
-        for (int64_t i = 0; i < m; ++i) {
-          const int64_t id = rows.ids[r + i];
-          for (int64_t j = 0; j < cols; j += kNR) {
-            const int64_t at = (r + i) * p.F + n + j;
-            dp[id * blocks + (n + j) / kNR] =
-                activate_row_backward<T>(activation, c[0] + i * kTaskCols + j, up + at, gate ? gate + at : nullptr,
-                                         p.probs[id], imin(kNR, cols - j), static_cast<T*>(p.du) + at,
-                                         gate ? static_cast<T*>(p.dg) + at : nullptr, static_cast<T*>(p.hp) + at);
-          }
-        }
-      });
-    }
+  with_activation(p.activation, [&](auto activation) {
+    multiply_groups<T, 1>(
+        rows.starts, p.E, p.F, p.D, p.D, false,
+        gathered_rows<T>([&](int64_t r, int64_t k) { return dout + rows.ids[r] / p.k * p.D + k; }),
+        [&](int64_t e, int64_t n, int64_t cols, Scratch& scratch) {
+          return InTurn<T, 1>{{down.panels(e, n, cols, p.D, p.F, scratch)}, b_panel_size<T>(p.D)};
+        },
+        [&](int64_t, int64_t r, int64_t n, int64_t count, const float* const(&v)[1]) {
+          const int64_t id = rows.ids[r], at = r * p.F + n;
+          dp[id * blocks + n / kNR] = activate_row_backward<T>(
+              activation, v[0], up + at, gate ? gate + at : nullptr, p.probs[id], count, static_cast<T*>(p.du) + at,
+              gate ? static_cast<T*>(p.dg) + at : nullptr, static_cast<T*>(p.hp) + at);
+        });
   });
   if (!p.dprobs) return;
   for (int64_t id = 0; id < R; ++id) {
@@ -259,9 +249,9 @@ void run_backward(const ExpertBackward& p) {
   if (p.dtokens) {
     const Operand<T> up{p.w.up, p.w.type, p.F * p.H, p.H, 1, nullptr};
     const Operand<T> gate{p.w.gate, p.w.type, p.F * p.H, p.H, 1, nullptr};
-    project<T>(rows, p.E, p.H, p.F, {static_cast<const T*>(p.du), p.w.gate ? static_cast<const T*>(p.dg) : nullptr},
-               {up, gate}, p.dx);
-    sum_slots(p.dx, rows.inverse, p.T, p.k, p.H, static_cast<T*>(p.dtokens));
+    project_to_tokens<T>(rows, p.T, p.k, p.E, p.H, p.F,
+                         {static_cast<const T*>(p.du), p.w.gate ? static_cast<const T*>(p.dg) : nullptr}, {up, gate},
+                         p.dx, static_cast<T*>(p.dtokens));
   }
   if (p.dw_up || p.dw_gate || p.dw_down) backward_weights<T>(p, rows);
 }

@@ -15,8 +15,8 @@
 
 namespace foldscan::FOLDSCAN_ISA::moe {
 
-constexpr int64_t kTaskRows = 8 * kTileRows;           // rows that share one packing of B
-constexpr int64_t kTaskCols = kNR >= 256 ? kNR : 256;  // most columns of a task, a multiple of kNR on every ISA
+constexpr int64_t kTaskRows = 8 * kTileRows;  // rows that share one packing of B
+constexpr int64_t kTaskCols = kTileCols / 2;  // most columns of a task: two matrices' tiles fit matmul's C
 static_assert(kTaskCols % kNR == 0);
 constexpr int64_t kRowGroup = 512;
 
@@ -28,9 +28,10 @@ struct Operand {
   int64_t group, k_stride, n_stride;
   const T* packed;
 
-  // Columns [n, n + cols) of group g as panels; `own` holds them when they have to be packed.
-  const T* panels(int64_t g, int64_t n, int64_t cols, int64_t K, int64_t N, T* own) const {
+  // Columns [n, n + cols) of group g as panels; scratch holds them when they have to be packed.
+  const T* panels(int64_t g, int64_t n, int64_t cols, int64_t K, int64_t N, Scratch& scratch) const {
     if (packed) return packed + g * b_packed_size<T>(K, N) + n / kNR * b_panel_size<T>(K);
+    T* own = scratch.get<T>(b_packed_size<T>(K, cols));
     const int64_t at = g * group + n * n_stride;
     if (type == DType::kF32) {
       pack_b(static_cast<const float*>(p) + at, k_stride, n_stride, K, cols, own);
@@ -42,22 +43,23 @@ struct Operand {
   }
 };
 
-// body(g, first row, rows, first column, columns) over all tiles; offs[g] .. offs[g + 1] are the rows of group g. Tasks
-// have at most `cols` columns, one panel where all groups have few rows: then memory is what counts, and it is read
-// best in one stream.
+// body(g, first row, rows, first column, columns) over all tiles; offs[g] .. offs[g + 1] are the rows of group g. Tiles
+// have at most `rows` rows and `cols` columns, fewer columns where there would be few tiles, and one panel where all
+// groups have few rows: then memory is what counts, and it is read best in one stream. Tiles of the same columns of a
+// group follow one another.
 template <class Body>
-void for_tiles(const int64_t* offs, int64_t G, int64_t N, int64_t K, int64_t cols, const Body& body) {
+void for_tiles(const int64_t* offs, int64_t G, int64_t N, int64_t K, int64_t rows, int64_t cols, const Body& body) {
   Scratch scratch;
   int64_t* first = scratch.get<int64_t>(G + 1);
-  int64_t hit = 0, most = 0;
+  int64_t blocks = 0, most = 0;
   for (int64_t g = 0; g < G; ++g) {
-    hit += offs[g + 1] > offs[g];
+    blocks += ceil_div(offs[g + 1] - offs[g], rows);
     most = imax(most, offs[g + 1] - offs[g]);
   }
-  cols = most <= kMR ? kNR : imax(kNR, imin(cols, hit * N / 32 / kNR * kNR));
-  const int64_t blocks = ceil_div(N, cols);
+  cols = most <= kMR ? kNR : imax(kNR, imin(cols, blocks * N / 32 / kNR * kNR));
+  const int64_t across = ceil_div(N, cols);
   first[0] = 0;
-  for (int64_t g = 0; g < G; ++g) first[g + 1] = first[g] + ceil_div(offs[g + 1] - offs[g], kTaskRows) * blocks;
+  for (int64_t g = 0; g < G; ++g) first[g + 1] = first[g] + ceil_div(offs[g + 1] - offs[g], rows) * across;
   parallel_for(first[G], grain_for(cols * K / 2), [&](int64_t task) {
     int64_t lo = 0, hi = G;  // first[lo] <= task < first[hi]
     while (hi - lo > 1) {
@@ -68,42 +70,81 @@ void for_tiles(const int64_t* offs, int64_t G, int64_t N, int64_t K, int64_t col
         hi = mid;
       }
     }
-    const int64_t local = task - first[lo];
-    const int64_t r = offs[lo] + local / blocks * kTaskRows, n = local % blocks * cols;
-    body(lo, r, imin(kTaskRows, offs[lo + 1] - r), n, imin(cols, N - n));
+    const int64_t count = offs[lo + 1] - offs[lo], down = ceil_div(count, rows), local = task - first[lo];
+    const int64_t step = round_up(ceil_div(count, down), kLoadRows);  // even shares
+    const int64_t r = imin(count, local % down * step), n = local / down * cols;
+    if (r < count) body(lo, offs[lo] + r, imin(step, count - r), n, imin(cols, N - n));
   });
 }
 
-// c[i] (+)= A b[i], rows <= kTileRows. A comes from load_a once for all i. a: kTileRows * (kKC + 2), c[i]: kTileRows *
-// kTaskCols.
-template <class T, int NB, class LoadA>
-void multiply_tile(int64_t r, int64_t rows, int64_t cols, int64_t K, const LoadA& load_a, const T* const (&b)[NB], T* a,
-                   float* const (&c)[NB], bool accumulate) {
-  constexpr int64_t lda = kKC + 2;
-  const int64_t panel = b_panel_size<T>(K);
-  int64_t k = 0;
-  do {
-    const int64_t kc = imin(kKC, K - k);
-    load_a(r, rows, k, kc, a, lda);
-    for (int i = 0; i < NB; ++i)
-      gemm_run<T>(rows, cols, kc, a, lda, kK<T>, b[i] + k * kNR, panel, c[i], kTaskCols,
-                  accumulate || k > 0 ? Into::kContinue : Into::kSet,
-                  i + 1 < NB ? b[i + 1] + k * kNR : b[0] + (k + kc < K ? (k + kc) * kNR : ceil_div(cols, kNR) * panel));
-    k += kc;
-  } while (k < K);
-}
+// Panels of NB matrices in turn: panel j of what matmul_tile sees is panel j / NB of matrix j % NB.
+template <class T, int NB>
+struct InTurn {
+  const T* b[NB];
+  int64_t panel;
+  FOLDSCAN_INLINE const T* run(int64_t n, int64_t k) const { return b[n / kNR % NB] + n / kNR / NB * panel + k * kNR; }
+  FOLDSCAN_INLINE void prepare(int64_t, int64_t, int64_t, int64_t) const {}
+};
 
-// load_a for rows found through row(r).
+// Two products one after the other, as one over 2 K: panels of the first matrix, then of the second.
+template <class T>
+struct AfterAnother {
+  const T *first, *second;
+  int64_t K, panel;
+  FOLDSCAN_INLINE const T* run(int64_t n, int64_t k) const {
+    return (k < K ? first + k * kNR : second + (k - K) * kNR) + n / kNR * panel;
+  }
+  FOLDSCAN_INLINE void prepare(int64_t, int64_t, int64_t, int64_t) const {}
+};
+
+// load_a for rows found through row(r, k), which points at element k of row r.
 template <class T, class Row>
 struct GatheredRows {
   Row row;
   FOLDSCAN_INLINE void operator()(int64_t r, int64_t rows, int64_t k, int64_t kc, T* dst, int64_t ld) const {
-    for (int64_t i = 0; i < rows; ++i) copy_row(row(r + i) + k, kc, dst + i * ld, round_up(kc, kK<T>));
+    for (int64_t i = 0; i < rows; ++i) copy_row(row(r + i, k), kc, dst + i * ld, round_up(kc, kK<T>));
+  }
+  FOLDSCAN_INLINE void ahead(int64_t r, int64_t rows, int64_t k, int64_t count) const {
+    for (int64_t i = 0; i < rows; ++i) fetch_ahead(row(r + i, k), count * static_cast<int64_t>(sizeof(T)));
   }
 };
 template <class T, class Row>
 GatheredRows<T, Row> gathered_rows(const Row& row) {
   return {row};
+}
+
+// The product of every group's rows with NB matrices (G, K, N) of its own. make_b(g, n, cols, scratch): the B of
+// columns n .. n + cols, packed ahead of time or into scratch. store(g, r, n, count, values): values[i] are row r's
+// fp32 results of matrix i in columns n .. n + count, within one panel. No run of K crosses a multiple of `segment`.
+template <class T, int NB, class LoadA, class MakeB, class Store>
+void multiply_groups(const int64_t* offs, int64_t G, int64_t N, int64_t K, int64_t segment, bool packed,
+                     const LoadA& load_a, const MakeB& make_b, const Store& store) {
+  // Where B is packed already, a task need not make up for packing it by many rows, nor hold it beside its C.
+  const int64_t most_rows = packed ? kTileRows : kTaskRows, most_cols = packed && NB == 1 ? kTileCols : kTaskCols;
+  for_tiles(offs, G, N, NB * K, most_rows, most_cols,
+            [&](int64_t g, int64_t r0, int64_t rows, int64_t n0, int64_t cols) {
+              Scratch scratch;
+              const auto b = make_b(g, n0, cols, scratch);
+              T* a = scratch.get<T>(kTileRows * (kKC + 2));
+              float* c = scratch.get<float>(kTileRows * kTileCols);
+              // Of several matrices the last panels are taken whole: their padding is multiplied, too, and not stored.
+              const int64_t seen = NB == 1 ? cols : NB * round_up(cols, kNR);
+              const auto put = [&](int64_t r, int64_t at, const float* last, int64_t) {
+                if (at / kNR % NB != NB - 1) return;
+                const float* values[NB];
+                for (int i = 0; i < NB; ++i) values[i] = last - (NB - 1 - i) * kNR;
+                const int64_t n = at / kNR / NB * kNR;
+                store(g, r, n0 + n, imin(kNR, cols - n), values);
+              };
+              for (int64_t r = r0; r < r0 + rows; r += kTileRows) {
+                const bool more = r + kTileRows < r0 + rows;
+                matmul_tile<T, (NB > 1)>(r, imin(kTileRows, r0 + rows - r), 0, seen, K, segment, load_a, b, a, c,
+                                         more     ? b.run(0, 0)
+                                         : packed ? b.run(round_up(seen, kNR), 0)
+                                                  : nullptr,
+                                         put);
+              }
+            });
 }
 
 // Columns [n, min(n + kNR, N)) of the rows row(0) .. row(K - 1) as one panel (the layout of pack_b_rows).

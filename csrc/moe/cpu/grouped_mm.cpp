@@ -27,25 +27,20 @@ void zero_rows(T* out, int64_t begin, int64_t end, int64_t n) {
 
 // out (R, N) = a (R, K) B_g + bias_g.
 template <class T>
-void multiply_groups(const int64_t* starts, int64_t G, int64_t R, int64_t N, int64_t K, const T* a, int64_t a_stride,
-                     const Operand<T>& b, const float* bias, T* out) {
-  const auto row = [&](int64_t r) { return a + r * a_stride; };
-  for_tiles(starts, G, N, K, kTaskCols, [&](int64_t g, int64_t r0, int64_t rows, int64_t n, int64_t cols) {
-    Scratch scratch;
-    const T* panels[1] = {b.panels(g, n, cols, K, N, scratch.get<T>(b_packed_size<T>(K, cols)))};
-    T* tile = scratch.get<T>(kTileRows * (kKC + 2));
-    float* c[1] = {scratch.get<float>(kTileRows * kTaskCols)};
-    for (int64_t r = r0; r < r0 + rows; r += kTileRows) {
-      const int64_t m = imin(kTileRows, r0 + rows - r);
-      multiply_tile<T>(r, m, cols, K, gathered_rows<T>(row), panels, tile, c, false);
-      for (int64_t i = 0; i < m; ++i)
-        for (int64_t j = 0; j < cols; j += kLanes) {
-          VF v = load_upto(c[0] + i * kTaskCols + j, cols - j);
-          if (bias) v = v + load_upto(bias + g * N + n + j, cols - j);
-          store_upto(v, out + (r + i) * N + n + j, cols - j);
+void products(const int64_t* starts, int64_t G, int64_t R, int64_t N, int64_t K, const T* a, int64_t a_stride,
+              const Operand<T>& b, const float* bias, T* out) {
+  multiply_groups<T, 1>(
+      starts, G, N, K, K, false, gathered_rows<T>([&](int64_t r, int64_t k) { return a + r * a_stride + k; }),
+      [&](int64_t g, int64_t n, int64_t cols, Scratch& scratch) {
+        return InTurn<T, 1>{{b.panels(g, n, cols, K, N, scratch)}, b_panel_size<T>(K)};
+      },
+      [&](int64_t g, int64_t r, int64_t n, int64_t count, const float* const(&v)[1]) {
+        for (int64_t j = 0; j < count; j += kLanes) {
+          VF value = load_upto(v[0] + j, count - j);
+          if (bias) value = value + load_upto(bias + g * N + n + j, count - j);
+          store_upto(value, out + r * N + n + j, count - j);
         }
-    }
-  });
+      });
   zero_rows(out, starts[G], R, N);
 }
 
@@ -53,8 +48,8 @@ template <class T>
 void run_forward(const GroupedMm& p) {
   Scratch scratch;
   const Operand<T> b{p.b, p.b_type, p.b_group, p.b_k, p.b_n, nullptr};
-  multiply_groups<T>(row_starts(p.offs, p.G, scratch), p.G, p.R, p.N, p.K, static_cast<const T*>(p.a), p.a_stride, b,
-                     p.bias, static_cast<T*>(p.out));
+  products<T>(row_starts(p.offs, p.G, scratch), p.G, p.R, p.N, p.K, static_cast<const T*>(p.a), p.a_stride, b, p.bias,
+              static_cast<T*>(p.out));
 }
 
 template <class T>
@@ -65,7 +60,7 @@ void run_backward(const GroupedMmBackward& p) {
   const T* a = static_cast<const T*>(p.a);
   if (p.da) {
     const Operand<T> b{p.b, p.b_type, p.b_group, p.b_n, p.b_k, nullptr};
-    multiply_groups<T>(starts, p.G, p.R, p.K, p.N, dout, p.N, b, nullptr, static_cast<T*>(p.da));
+    products<T>(starts, p.G, p.R, p.K, p.N, dout, p.N, b, nullptr, static_cast<T*>(p.da));
   }
   if (p.db) {
     outer_products<T>(

@@ -61,7 +61,6 @@ struct SparseB {
   const uint8_t* codes;
   int64_t K;
   T* own;
-  static constexpr int64_t panel = 0;
   const T* run(int64_t, int64_t) const { return own; }
   FOLDSCAN_INLINE void prepare(int64_t n, int64_t, int64_t k, int64_t kc) const {
     const Columns<W> from(values, codes, K, n);
@@ -99,7 +98,7 @@ void run_linear(const Linear24& p) {
   matmul_tasks<X>(p.M, p.N, p.K, [&](int64_t m0, int64_t rows, int64_t n0, int64_t cols, X* a, float* c) {
     Scratch scratch;
     const SparseB<X, W> b{p.values, p.codes, p.K, scratch.get<X>(b_panel_size<X>(kKC))};
-    matmul_tile<X>(m0, rows, n0, cols, p.K, load_a, b, a, c, nullptr, store);
+    matmul_tile<X>(m0, rows, n0, cols, p.K, p.K, load_a, b, a, c, nullptr, store);
   });
 }
 
