@@ -96,7 +96,8 @@ template <class T>
 void run(const ScanExtend& p) {
   const ScanInputs& in = p.in;
   const int64_t heads = in.H / in.G;
-  const HeadBlocks blocks(heads, imin(8, ceil_div(p.count * in.H, 4 * num_threads())));
+  // Tasks of a group share its C B^T and its packed B, which for one token is most of the work.
+  const HeadBlocks blocks(heads, imin(16, ceil_div(p.count * in.H, num_threads())));
   const int64_t per_sequence = in.G * blocks.per_group;
   parallel_for(p.count * per_sequence, 1, [&](int64_t task) {
     const int64_t block = task % per_sequence, g = block / blocks.per_group;
