@@ -71,6 +71,7 @@ struct VF {
   }
 
  private:
+  friend struct VP;
   static FOLDSCAN_INLINE VF widen(__m128i b) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16))};
   }
@@ -126,6 +127,12 @@ struct VP {
     low = {_mm256_permute2x128_si256(l, h, 0x20)};
     high = {_mm256_permute2x128_si256(l, h, 0x31)};
   }
+  static FOLDSCAN_INLINE VP narrow(VF a, VF b) { return {_mm256_set_m128i(b.narrow(), a.narrow())}; }
+  static FOLDSCAN_INLINE VP zip(VF a, VF b) {
+    const __m128i x = a.narrow(), y = b.narrow();
+    return {_mm256_set_m128i(_mm_unpackhi_epi16(x, y), _mm_unpacklo_epi16(x, y))};
+  }
+  FOLDSCAN_INLINE VF as_floats() const { return {_mm256_castsi256_ps(v)}; }
   FOLDSCAN_INLINE void store(bf16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 };
 

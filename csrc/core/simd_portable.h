@@ -132,6 +132,19 @@ struct VP {
     low = interleave(a, b, kLanes);
     high = interleave(a + kLanes, b + kLanes, kLanes);
   }
+  static FOLDSCAN_INLINE VP narrow(VF a, VF b) {
+    bf16 t[2 * kLanes];
+    a.store(t);
+    b.store(t + kLanes);
+    return load(t);
+  }
+  static FOLDSCAN_INLINE VP zip(VF a, VF b) {
+    bf16 lo[kLanes], hi[kLanes];
+    a.store(lo);
+    b.store(hi);
+    return interleave(lo, hi, kLanes);
+  }
+  FOLDSCAN_INLINE VF as_floats() const { return {reinterpret_cast<float4>(v)}; }
   FOLDSCAN_INLINE void store(bf16* p) const { std::memcpy(p, &v, 16); }
 };
 

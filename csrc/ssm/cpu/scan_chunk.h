@@ -13,8 +13,7 @@
 // SSMs" (arXiv:2405.21060), section 6; row-recursive decay is ours.
 #pragma once
 
-#include "core/gemm.h"
-#include "core/parallel.h"
+#include "core/matmul.h"
 #include "core/vmath.h"
 #include "ssm/ssm.h"
 
@@ -56,6 +55,12 @@ FOLDSCAN_INLINE void load_delta(const ScanInputs& in, const float* dt, int64_t d
   }
 }
 
+// Asks for rows of a head that will be read soon: they are some KB apart, too far for the hardware to guess.
+template <class T>
+FOLDSCAN_INLINE void fetch_head(const T* p, int64_t stride, int64_t P, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i) fetch_ahead(p + i * stride, P * static_cast<int64_t>(sizeof(T)));
+}
+
 struct Decay {
   alignas(64) float delta[kChunk];
   alignas(64) float step[kChunk];        // e_t
@@ -88,8 +93,8 @@ FOLDSCAN_INLINE void fill_decay(float A, int64_t r0, int64_t q, Decay& d, float*
   for (int64_t v = 0; v < kVecs; ++v) (row[v] * VF::load(d.delta + v * kLanes)).store(d.to_end + v * kLanes);
 }
 
-// The same for the backward pass, which wants the columns: wt[s][l] = w[l][s] for l < kChunk, zero beyond q. Rows by
-// recursion over s, from the last.
+// The same for the backward pass, which wants the columns: wt[s][l] = w[l][s] for l < kChunk, zero beyond q, from
+// the vector of the diagonal on. Rows by recursion over s, from the last.
 FOLDSCAN_INLINE void fill_decay_columns(float A, int64_t q, Decay& d, float* wt) {
   for (int64_t i = 0; i < kChunk; i += kLanes) vexp(VF::load(d.delta + i) * VF::set(A)).store(d.step + i);
   float p = 1.0f;
@@ -104,7 +109,7 @@ FOLDSCAN_INLINE void fill_decay_columns(float A, int64_t q, Decay& d, float* wt)
   const VF tiny = VF::set(kTiny), one = VF::set(1.0f);
   for (int64_t s = q - 1; s >= 0; --s) {
     const VF e = VF::set(s + 1 < q ? d.step[s + 1] : 0.0f), at = VF::set(static_cast<float>(s));
-    for (int64_t v = 0; v < kVecs; ++v) {
+    for (int64_t v = s / kLanes; v < kVecs; ++v) {
       const VF next = row[v] * e;
       const VF lane = VF::iota() + VF::set(static_cast<float>(v * kLanes));
       row[v] = select(lane == at, one, select(next < tiny, VF::zero(), next));
