@@ -192,7 +192,9 @@ class ChunkAdjoint {
 
     // G B and the rest of br = scores dY + end_weight G B.
     const auto g_op = rows_operand<T>(grad_state, ld, N, P, inner);
-    gemm_block<T>(q, P, N, B.p, B.ld, kK<T>, g_op.p, g_op.ldb, g_op.panel, gb, ld, false);
+    const Upcoming<T> out{static_cast<T*>(k.p.dx) + (t * H + h) * P, H * P, P, q};
+    gemm_tiles<T>(q, P, N, B.p, B.ld, g_op.p, g_op.ldb, g_op.panel, gb, ld, false,
+                  [&](int64_t m) FOLDSCAN_LAMBDA { out.template fetch<true>(m, m + kTileMR<T>); });
     const auto dy_op = rows_operand<T>(dy, ld, q, P, inner);
     for (int64_t s = 0; s < q; s += 4 * kMR)  // row s has nothing before l = s
       gemm_block<T>(imin(4 * kMR, q - s), P, q - s, scores + s * kChunk + s, kChunk, kK<T>, dy_op.from(s), dy_op.ldb,
@@ -212,8 +214,18 @@ class ChunkAdjoint {
 
     // G_prev.
     const auto decayed_op = rows_operand<T>(decayed, ld, q, P, inner);
-    gemm_block<T>(N, P, q, c_columns, kChunk, kK<T>, decayed_op.p, decayed_op.ldb, decayed_op.panel, grad_state, ld,
-                  true);
+    const bool same = j + 1 < k.heads;
+    const int64_t h_next = same ? h + 1 : k.h0, t_next = same ? t : t - kChunk;
+    const int64_t rows = t_next < k.seg.begin ? 0 : imin(kChunk, k.seg.end - t_next), each = ceil_div(rows * kTileMR<T>, N);
+    const Upcoming<T> next_x{static_cast<const T*>(in.x) + t_next * in.x_stride + h_next * P, in.x_stride, P, rows};
+    const Upcoming<T> next_dout{static_cast<const T*>(k.p.dout) + (t_next * H + h_next) * P, H * P, P, rows};
+    int64_t fetched = 0;
+    gemm_tiles<T>(N, P, q, c_columns, kChunk, decayed_op.p, decayed_op.ldb, decayed_op.panel, grad_state, ld, true,
+                  [&](int64_t) FOLDSCAN_LAMBDA {
+                    next_x.fetch(fetched, fetched + each);
+                    next_dout.fetch(fetched, fetched + each);
+                    fetched += each;
+                  });
   }
 
   // Once for the block: dB += M^T C, dC += M B with M summed over the heads.
@@ -247,21 +259,13 @@ class ChunkAdjoint {
     return in.D_per_channel ? load_upto(in.D + h * P + i, P - i) : VF::set(in.D[h]);
   }
 
-  // X and dY (through the gate) of head j, zero in the padding of P. The rows of the head that comes next are asked
-  // for: they are some KB apart, too far for the hardware to guess.
+  // X and dY (through the gate) of head j, zero in the padding of P.
   void load_rows(int64_t j) {
     const int64_t H = in.H, h = k.h0 + j;
     const T* x_rows = static_cast<const T*>(in.x) + t * in.x_stride + h * P;
     const T* z_rows = in.z ? static_cast<const T*>(in.z) + t * in.z_stride + h * P : nullptr;
     const T* dout = static_cast<const T*>(k.p.dout) + (t * H + h) * P;
-    const bool same = j + 1 < k.heads;
-    const int64_t ahead = same ? h + 1 : k.h0, t_ahead = same ? t : imax(k.seg.begin, t - kChunk);
-    const T* x_ahead = static_cast<const T*>(in.x) + t_ahead * in.x_stride + ahead * P;
-    const T* dout_ahead = static_cast<const T*>(k.p.dout) + (t_ahead * H + ahead) * P;
-    const int64_t bytes = P * static_cast<int64_t>(sizeof(T));
     for (int64_t l = 0; l < q; ++l) {
-      fetch_ahead(x_ahead + l * in.x_stride, bytes);
-      fetch_ahead(dout_ahead + l * H * P, bytes);
       copy_row(x_rows + l * in.x_stride, P, x + l * ld, ld);
       if (!z_rows) {
         copy_row(dout + l * H * P, P, dy + l * ld, ld);
@@ -296,6 +300,11 @@ class ChunkAdjoint {
     const int64_t H = in.H, h = k.h0 + j;
     T* dx = static_cast<T*>(k.p.dx) + (t * H + h) * P;
     alignas(64) float direct_part[kChunk * kLanes], u_part[kChunk * kLanes];
+    // Copies in registers: the compiler has to expect that a store changes the members.
+    const float *const gb = this->gb, *const br = this->br, *const D = in.D;
+    const T *const x = this->x, *const dy = this->dy;
+    float* const dD_sum = k.dD_sum + j * this->ld;
+    const int64_t P = this->P, ld = this->ld, row = H * P;
     for (int64_t s = 0; s < q; ++s) {
       const VF end = VF::set(wt[s * kChunk + q - 1]), delta = VF::set(d->delta[s]);
       VF sum_direct = VF::zero(), sum_u = VF::zero();
@@ -306,13 +315,12 @@ class ChunkAdjoint {
         sum_direct = fma(xv, b, sum_direct);
         sum_u = fma(xv, gbv, sum_u);
         VF g = delta * b;
-        if (in.D) {
+        if (D) {
           const VF dyv = VF::load(dy + s * ld + i);
           g = fma(skip_weight(h, i), dyv, g);
-          float* dD = k.dD_sum + j * ld + i;
-          fma(dyv, xv, VF::load(dD)).store(dD);
+          fma(dyv, xv, VF::load(dD_sum + i)).store(dD_sum + i);
         }
-        store_upto(g, dx + s * H * P + i, n);
+        store_upto(g, dx + s * row + i, n);
       }
       sum_direct.store(direct_part + s * kLanes);
       sum_u.store(u_part + s * kLanes);

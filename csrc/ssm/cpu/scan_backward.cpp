@@ -52,8 +52,9 @@ void recompute_states(const BackwardTask<T>& k, int64_t chunks) {
       load_delta(in, in.dt + t * in.H, in.H, h, q, d->delta);
       fill_decay(in.A[h], q, q, *d, w);
       const T* x = static_cast<const T*>(in.x) + t * in.x_stride + h * P;
-      fetch_head(j + 1 < k.heads ? x + P : x - j * P + kChunk * in.x_stride, in.x_stride, P,
-                 j + 1 < k.heads ? q : imin(kChunk, k.seg.end - t - q));
+      const bool same = j + 1 < k.heads;
+      const Upcoming<T> next{same ? x + P : x - j * P + kChunk * in.x_stride, in.x_stride, P,
+                             same ? q : imin(kChunk, k.seg.end - t - q)};
       T* kept = k.states + (j * chunks + c) * size;
       const VF total = VF::set(d->total);
       for (int64_t i = 0; i < size; i += kLanes) {
@@ -62,7 +63,7 @@ void recompute_states(const BackwardTask<T>& k, int64_t chunks) {
         (v * total).store(state + i);
       }
       if (c + 1 < chunks)
-        add_tokens(group, x, in.x_stride, *d, kChunk, N, P, state, k.ld);
+        add_tokens(group, x, in.x_stride, *d, kChunk, N, P, state, k.ld, next);
     }
   }
 }

@@ -55,10 +55,28 @@ FOLDSCAN_INLINE void load_delta(const ScanInputs& in, const float* dt, int64_t d
   }
 }
 
-// Asks for rows of a head that will be read soon: they are some KB apart, too far for the hardware to guess.
+// Rows of a head that will be read or written soon. They are some KB apart, too far for the hardware to guess, and too
+// many to be asked for at once: a few go with every register tile of a product.
 template <class T>
-FOLDSCAN_INLINE void fetch_head(const T* p, int64_t stride, int64_t P, int64_t rows) {
-  for (int64_t i = 0; i < rows; ++i) fetch_ahead(p + i * stride, P * static_cast<int64_t>(sizeof(T)));
+struct Upcoming {
+  const T* p;
+  int64_t stride, P, rows;
+  template <bool kWrite = false>
+  FOLDSCAN_INLINE void fetch(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < imin(end, rows); ++i)
+      for (int64_t c = 0; c < P; c += 64 / static_cast<int64_t>(sizeof(T)))
+        __builtin_prefetch(p + i * stride + c, kWrite, 2);
+  }
+};
+
+// gemm_block that sets C, with tile(m) called before the register tiles of the rows from m on.
+template <class T, class Fn>
+FOLDSCAN_INLINE void gemm_tiles(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb,
+                                int64_t panel, float* c, int64_t ldc, bool accumulate, const Fn& tile) {
+  for (int64_t m = 0; m < M; m += kTileMR<T>) {
+    tile(m);
+    gemm_block<T>(imin(kTileMR<T>, M - m), N, K, a + m * lda, lda, kK<T>, b, ldb, panel, c + m * ldc, ldc, accumulate);
+  }
 }
 
 struct Decay {
@@ -167,7 +185,7 @@ FOLDSCAN_INLINE RowsOperand<T> rows_operand(const S* rows, int64_t ld, int64_t K
 template <class T>
 FOLDSCAN_INLINE void chunk_output(const GroupChunk<T>& g, Rows<T> C, const T* x, int64_t x_stride, const Decay& d,
                                   const float* w, const float* state, int64_t ld_state, int64_t r0, int64_t q,
-                                  int64_t N, int64_t P, float* y, int64_t ld_y) {
+                                  int64_t N, int64_t P, float* y, int64_t ld_y, const Upcoming<T>& out) {
   Scratch scratch;
   const int64_t rows = q - r0, ld_c = round_up(N, kK<T>);
   T* decayed_c = scratch.get<T>(rows * ld_c);
@@ -177,7 +195,9 @@ FOLDSCAN_INLINE void chunk_output(const GroupChunk<T>& g, Rows<T> C, const T* x,
       store_upto(load_upto(C.p + i * C.ld + n, N - n) * p, decayed_c + i * ld_c + n, ld_c - n);
   }
   const auto s = rows_operand<T>(state, ld_state, N, P, scratch);
-  gemm_block<T>(rows, P, N, decayed_c, ld_c, kK<T>, s.p, s.ldb, s.panel, y, ld_y, false);
+  gemm_tiles<T>(rows, P, N, decayed_c, ld_c, s.p, s.ldb, s.panel, y, ld_y, false, [&](int64_t m) FOLDSCAN_LAMBDA {
+    out.template fetch<true>(m, m + kTileMR<T>);
+  });
 
   T* scores = scratch.get<T>(rows * kChunk);
   for (int64_t l = r0; l < q; ++l)
@@ -199,7 +219,7 @@ FOLDSCAN_INLINE void chunk_output(const GroupChunk<T>& g, Rows<T> C, const T* x,
 // state (N, ld_state) += sum_s B_s (to_end_s x_s): what the chunk's q tokens leave.
 template <class T>
 FOLDSCAN_INLINE void add_tokens(const GroupChunk<T>& g, const T* x, int64_t x_stride, const Decay& d, int64_t q,
-                                int64_t N, int64_t P, float* state, int64_t ld_state) {
+                                int64_t N, int64_t P, float* state, int64_t ld_state, const Upcoming<T>& next) {
   Scratch scratch;
   float* weighted = scratch.get<float>(q * ld_state);
   for (int64_t s = 0; s < q; ++s) {
@@ -208,16 +228,22 @@ FOLDSCAN_INLINE void add_tokens(const GroupChunk<T>& g, const T* x, int64_t x_st
       (load_upto(x + s * x_stride + i, P - i) * weight).store(weighted + s * ld_state + i);
   }
   const auto tokens = rows_operand<T>(weighted, ld_state, q, P, scratch);
-  gemm_block<T>(N, P, q, g.b_columns, kChunk, kK<T>, tokens.p, tokens.ldb, tokens.panel, state, ld_state, true);
+  const int64_t rows = ceil_div(next.rows * kTileMR<T>, N);
+  int64_t fetched = 0;
+  gemm_tiles<T>(N, P, q, g.b_columns, kChunk, tokens.p, tokens.ldb, tokens.panel, state, ld_state, true,
+                [&](int64_t) FOLDSCAN_LAMBDA {
+                  next.fetch(fetched, fetched + rows);
+                  fetched += rows;
+                });
 }
 
 // state (N, ld_state) -> the state after the chunk's q tokens.
 template <class T>
 FOLDSCAN_INLINE void chunk_state(const GroupChunk<T>& g, const T* x, int64_t x_stride, const Decay& d, int64_t q,
-                                 int64_t N, int64_t P, float* state, int64_t ld_state) {
+                                 int64_t N, int64_t P, float* state, int64_t ld_state, const Upcoming<T>& next) {
   const VF total = VF::set(d.total);
   for (int64_t i = 0; i < N * ld_state; i += kLanes) (VF::load(state + i) * total).store(state + i);
-  add_tokens(g, x, x_stride, d, q, N, P, state, ld_state);
+  add_tokens(g, x, x_stride, d, q, N, P, state, ld_state, next);
 }
 
 // out = (y + D x) silu(z), rows of P; D is per channel or one value.
