@@ -107,9 +107,7 @@ FOLDSCAN_INLINE void pack_b_col_vector(const S* src, int64_t ld, int64_t K, int6
 
 // kLanes pairs of bf16; `elements` of them, the rest zero.
 FOLDSCAN_INLINE VF load_pairs(const bf16* p) { return VF::load(reinterpret_cast<const float*>(p)); }
-FOLDSCAN_INLINE VF load_pairs(const float* p) {
-  return VP::narrow(VF::load(p), VF::load(p + kLanes)).as_floats();
-}
+FOLDSCAN_INLINE VF load_pairs(const float* p) { return VP::narrow(VF::load(p), VF::load(p + kLanes)).as_floats(); }
 FOLDSCAN_INLINE VF load_pairs(const bf16* p, int64_t elements) {
   if (elements >= 2 * kLanes) return VF::load(reinterpret_cast<const float*>(p));
   alignas(64) bf16 t[2 * kLanes] = {};

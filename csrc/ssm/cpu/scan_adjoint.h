@@ -97,9 +97,9 @@ void product_from_diagonal(int64_t q, int64_t K, Rows<T> a, const T* packed, flo
     for (int64_t n = m / kLanes * kLanes; n < q; n = round_up(n + 1, kNR)) {
       const int64_t width = imin(round_up(n + 1, kNR), q) - n;
       const int nv = static_cast<int>(ceil_div(width, kLanes)), tail = static_cast<int>(width - (nv - 1) * kLanes);
-      micro_for<T>(static_cast<int>(imin(MR, q - m)), nv)(
-          steps, a.p + m * a.ld, a.ld, kK<T>, packed + n / kNR * panel + n % kNR * kK<T>, kNR * kK<T>, c + m * ldc + n,
-          ldc, tail, Into::kSet, {});
+      micro_for<T>(static_cast<int>(imin(MR, q - m)), nv)(steps, a.p + m * a.ld, a.ld, kK<T>,
+                                                          packed + n / kNR * panel + n % kNR * kK<T>, kNR * kK<T>,
+                                                          c + m * ldc + n, ldc, tail, Into::kSet, {});
     }
 }
 
@@ -114,8 +114,7 @@ FOLDSCAN_INLINE void decay_gradient(const float* e, const float* v, const float*
   alignas(64) float partial[kChunk * kLanes], sums[kChunk];
   for (int64_t k = 0; k < q; ++k) {
     if (k > 0)
-      for (int64_t i = k / kLanes; i < kVecs; ++i)
-        prefix[i] = prefix[i] + VF::load(e + (k - 1) * kChunk + i * kLanes);
+      for (int64_t i = k / kLanes; i < kVecs; ++i) prefix[i] = prefix[i] + VF::load(e + (k - 1) * kChunk + i * kLanes);
     const VF lane = VF::iota() + VF::set(static_cast<float>(k / kLanes * kLanes));
     VF sum = select(lane < VF::set(static_cast<float>(k)), VF::zero(), prefix[k / kLanes]);
     for (int64_t i = k / kLanes + 1; i < kVecs; ++i) sum = sum + prefix[i];
@@ -216,7 +215,8 @@ class ChunkAdjoint {
     const auto decayed_op = rows_operand<T>(decayed, ld, q, P, inner);
     const bool same = j + 1 < k.heads;
     const int64_t h_next = same ? h + 1 : k.h0, t_next = same ? t : t - kChunk;
-    const int64_t rows = t_next < k.seg.begin ? 0 : imin(kChunk, k.seg.end - t_next), each = ceil_div(rows * kTileMR<T>, N);
+    const int64_t rows = t_next < k.seg.begin ? 0 : imin(kChunk, k.seg.end - t_next),
+                  each = ceil_div(rows * kTileMR<T>, N);
     const Upcoming<T> next_x{static_cast<const T*>(in.x) + t_next * in.x_stride + h_next * P, in.x_stride, P, rows};
     const Upcoming<T> next_dout{static_cast<const T*>(k.p.dout) + (t_next * H + h_next) * P, H * P, P, rows};
     int64_t fetched = 0;
@@ -424,8 +424,8 @@ class ChunkAdjoint {
   float* m_sum;            // sum of M^T over heads, [s][l]
   T* scores;               // [s][l] = (C_l . B_s) w
   float *db, *dc;
-  float *wt, *et;        // w^T; dY_l . X_s, then E^T
-  T *x, *dy, *decayed;   // rows of the head, decayed: p_l dY_l
+  float *wt, *et;       // w^T; dY_l . X_s, then E^T
+  T *x, *dy, *decayed;  // rows of the head, decayed: p_l dY_l
   float *gb, *br;
   Decay* d;
 };

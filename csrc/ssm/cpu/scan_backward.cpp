@@ -62,8 +62,7 @@ void recompute_states(const BackwardTask<T>& k, int64_t chunks) {
         v.store(kept + i);
         (v * total).store(state + i);
       }
-      if (c + 1 < chunks)
-        add_tokens(group, x, in.x_stride, *d, kChunk, N, P, state, k.ld, next);
+      if (c + 1 < chunks) add_tokens(group, x, in.x_stride, *d, kChunk, N, P, state, k.ld, next);
     }
   }
 }
@@ -114,7 +113,8 @@ void run(const ScanBackward& p) {
     const int64_t first = block % blocks.per_group * blocks.size, h0 = g * heads + first;
     float* s = sums + i * per_segment;
     run_task(BackwardTask<T>{p, segments[i], g, h0, imin(blocks.size, heads - first), ld, nullptr, nullptr,
-                     dB + block * tokens * N, dC + block * tokens * N, s + h0, s + H + h0, s + 2 * H + h0 * ld});
+                             dB + block * tokens * N, dC + block * tokens * N, s + h0, s + H + h0,
+                             s + 2 * H + h0 * ld});
   });
 
   parallel_for(tokens, grain_for(nblocks * N * 2), [&](int64_t t) {

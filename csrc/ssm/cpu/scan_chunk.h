@@ -195,13 +195,12 @@ FOLDSCAN_INLINE void chunk_output(const GroupChunk<T>& g, Rows<T> C, const T* x,
       store_upto(load_upto(C.p + i * C.ld + n, N - n) * p, decayed_c + i * ld_c + n, ld_c - n);
   }
   const auto s = rows_operand<T>(state, ld_state, N, P, scratch);
-  gemm_tiles<T>(rows, P, N, decayed_c, ld_c, s.p, s.ldb, s.panel, y, ld_y, false, [&](int64_t m) FOLDSCAN_LAMBDA {
-    out.template fetch<true>(m, m + kTileMR<T>);
-  });
+  gemm_tiles<T>(rows, P, N, decayed_c, ld_c, s.p, s.ldb, s.panel, y, ld_y, false,
+                [&](int64_t m) FOLDSCAN_LAMBDA { out.template fetch<true>(m, m + kTileMR<T>); });
 
   T* scores = scratch.get<T>(rows * kChunk);
   for (int64_t l = r0; l < q; ++l)
-    for (int64_t v = 0; v < kChunk; v += kLanes) {
+    for (int64_t v = 0, end = imin(kChunk, l - (l - r0) % (4 * kMR) + 4 * kMR); v < end; v += kLanes) {
       // Lanes beyond l of cb are not initialised: select, do not multiply by the zero decay.
       const VF wv = VF::load(w + l * kChunk + v);
       const VF cb = select(VF::zero() < wv, VF::load(g.cb + l * kChunk + v), VF::zero());
@@ -216,18 +215,35 @@ FOLDSCAN_INLINE void chunk_output(const GroupChunk<T>& g, Rows<T> C, const T* x,
   }
 }
 
+// rows_operand of weights[k] x_k for q rows of P: in bf16 weighed, rounded and packed in one go.
+template <class T>
+FOLDSCAN_INLINE RowsOperand<T> weighted_operand(const T* x, int64_t x_stride, const float* weights, int64_t q,
+                                                int64_t P, Scratch& scratch) {
+  const auto row = [&](int64_t k, int64_t i) FOLDSCAN_LAMBDA {
+    return k < q ? load_upto(x + k * x_stride + i, P - i) * VF::set(weights[k]) : VF::zero();
+  };
+  if constexpr (sizeof(T) == 4) {
+    const int64_t ld = round_up(P, kLanes);
+    float* rows = scratch.get<float>(q * ld);
+    for (int64_t k = 0; k < q; ++k)
+      for (int64_t i = 0; i < P; i += kLanes) row(k, i).store(rows + k * ld + i);
+    return {rows, ld, kNR};
+  } else {
+    const int64_t panel = b_panel_size<bf16>(q);
+    bf16* packed = scratch.get<bf16>(b_packed_size<bf16>(q, P));
+    for (int64_t k = 0; k < q; k += 2)
+      for (int64_t i = 0; i < P; i += kLanes)
+        VP::zip(row(k, i), row(k + 1, i)).store(packed + i / kNR * panel + k * kNR + i % kNR * 2);
+    return {packed, 2 * kNR, panel};
+  }
+}
+
 // state (N, ld_state) += sum_s B_s (to_end_s x_s): what the chunk's q tokens leave.
 template <class T>
 FOLDSCAN_INLINE void add_tokens(const GroupChunk<T>& g, const T* x, int64_t x_stride, const Decay& d, int64_t q,
                                 int64_t N, int64_t P, float* state, int64_t ld_state, const Upcoming<T>& next) {
   Scratch scratch;
-  float* weighted = scratch.get<float>(q * ld_state);
-  for (int64_t s = 0; s < q; ++s) {
-    const VF weight = VF::set(d.to_end[s]);
-    for (int64_t i = 0; i < ld_state; i += kLanes)
-      (load_upto(x + s * x_stride + i, P - i) * weight).store(weighted + s * ld_state + i);
-  }
-  const auto tokens = rows_operand<T>(weighted, ld_state, q, P, scratch);
+  const auto tokens = weighted_operand<T>(x, x_stride, d.to_end, q, P, scratch);
   const int64_t rows = ceil_div(next.rows * kTileMR<T>, N);
   int64_t fetched = 0;
   gemm_tiles<T>(N, P, q, g.b_columns, kChunk, tokens.p, tokens.ldb, tokens.panel, state, ld_state, true,

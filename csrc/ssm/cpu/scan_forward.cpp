@@ -62,7 +62,7 @@ void run(const ScanForward& p) {
   Segment* segments = scratch.get<Segment>(max_segments(p.seqs));
   const int64_t count = fill_segments(p.seqs, segments);
   const int64_t heads = in.H / in.G;
-  const HeadBlocks blocks(heads, imin(8, ceil_div(count * in.H, 4 * num_threads())));
+  const HeadBlocks blocks(heads, imin(8, ceil_div(count * in.H, 2 * num_threads())));
   const int64_t per_segment = in.G * blocks.per_group;
   parallel_for(count * per_segment, 1, [&](int64_t task) {
     const int64_t block = task % per_segment, g = block / blocks.per_group;
