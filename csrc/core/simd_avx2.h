@@ -92,6 +92,7 @@ FOLDSCAN_INLINE VF vmax(VF a, VF b) { return {_mm256_max_ps(a.v, b.v)}; }
 FOLDSCAN_INLINE VF vmin(VF a, VF b) { return {_mm256_min_ps(a.v, b.v)}; }
 FOLDSCAN_INLINE VF vabs(VF a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 FOLDSCAN_INLINE VF vsqrt(VF a) { return {_mm256_sqrt_ps(a.v)}; }
+FOLDSCAN_INLINE VF vreciprocal(VF a) { return VF::set(1.0f) / a; }
 FOLDSCAN_INLINE VF vround(VF a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 FOLDSCAN_INLINE VF select(VM m, VF a, VF b) { return {_mm256_blendv_ps(b.v, a.v, m.m)}; }
 FOLDSCAN_INLINE float reduce_add(VF a) {

@@ -87,6 +87,11 @@ FOLDSCAN_INLINE VF vmax(VF a, VF b) { return {_mm512_max_ps(a.v, b.v)}; }
 FOLDSCAN_INLINE VF vmin(VF a, VF b) { return {_mm512_min_ps(a.v, b.v)}; }
 FOLDSCAN_INLINE VF vabs(VF a) { return {_mm512_abs_ps(a.v)}; }
 FOLDSCAN_INLINE VF vsqrt(VF a) { return {_mm512_sqrt_ps(a.v)}; }
+// The 14 bits of the table and a Newton step.
+FOLDSCAN_INLINE VF vreciprocal(VF a) {
+  const __m512 r = _mm512_rcp14_ps(a.v);
+  return {_mm512_fmadd_ps(r, _mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(1.0f)), r)};
+}
 FOLDSCAN_INLINE VF vround(VF a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 FOLDSCAN_INLINE VF select(VM m, VF a, VF b) { return {_mm512_mask_blend_ps(m.m, b.v, a.v)}; }
 FOLDSCAN_INLINE float reduce_add(VF a) { return _mm512_reduce_add_ps(a.v); }
