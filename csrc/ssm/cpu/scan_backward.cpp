@@ -4,13 +4,13 @@
 //   M[l][s]  = (dY_l . X_s) W delta_s          E = M * (C B^T)
 //   br_s     = sum_l (C_l.B_s) W dY_l + to_end_s/delta_s G B_s          dX = delta_s br_s + D dY_s
 //   dC_l    += sum_s M B_s + p_l S^T dY_l                               dB_s += sum_l M C_l + to_end_s G^T X_s
-//   v_l      = p_l dY_l . (S C_l)         u_s = to_end_s X_s . (G B_s)
+//   v_l      = C_l . (p_l S^T dY_l)       u_s = to_end_s X_s . (G B_s)
 //   d(delta A)_k = sum_{s<k<=l} E + sum_{l>=k} v_l + sum_{s<k} u_s + p_last <G, S>      rectangle sums: no cancellation
 //   ddelta_k = X_k . br_k + A d(delta A)_k     dA += delta_k d(delta A)_k
 //   G_prev   = p_last G + sum_l p_l dY_l C_l^T
-// The matrices over (l, s) are kept as [s][l] ("transposed"), which is how the products of dX and dB read them.
+// The sum in v_l is the one that dC_l takes from this head. The chunk itself is in scan_adjoint.h.
 //
-// FLOPs: T (HP (12 N + 5 Q/2) + 3 G' N Q), G' = head blocks. Extra memory: chunk states of a task's heads,
+// FLOPs: T (HP (10 N + 5 Q/2) + 4 G' N Q), G' = head blocks. Extra memory: chunk states of a task's heads,
 //   (L / 64) N P 4 bytes each, and fp32 partial sums of dB and dC for every block of up to eight heads.
 // Numerics: fp32 sums; bf16 operands of products are rounded once. Determinism: dB and dC are summed over heads in
 // order,
