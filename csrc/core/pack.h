@@ -76,10 +76,7 @@ void pack_b_rows(const S* src, int64_t ld, int64_t K, int64_t N, bf16* dst) {
         if constexpr (sizeof(S) == 2) {
           VP::interleave(p, k + 1 < K ? p + ld : nullptr, w).store(dst + 2 * i);
         } else {
-          bf16 lo[kLanes], hi[kLanes];
-          VF::load(p, w).store(lo);
-          (k + 1 < K ? VF::load(p + ld, w) : VF::zero()).store(hi);
-          VP::interleave(lo, hi, kLanes).store(dst + 2 * i);
+          VP::zip(load_upto(p, w), k + 1 < K ? load_upto(p + ld, w) : VF::zero()).store(dst + 2 * i);
         }
       }
     }
@@ -110,12 +107,7 @@ FOLDSCAN_INLINE void pack_b_col_vector(const S* src, int64_t ld, int64_t K, int6
 
 // kLanes pairs of bf16; `elements` of them, the rest zero.
 FOLDSCAN_INLINE VF load_pairs(const bf16* p) { return VF::load(reinterpret_cast<const float*>(p)); }
-FOLDSCAN_INLINE VF load_pairs(const float* p) {
-  alignas(64) bf16 t[2 * kLanes];
-  VF::load(p).store(t);
-  VF::load(p + kLanes).store(t + kLanes);
-  return load_pairs(t);
-}
+FOLDSCAN_INLINE VF load_pairs(const float* p) { return VP::narrow(VF::load(p), VF::load(p + kLanes)).as_floats(); }
 FOLDSCAN_INLINE VF load_pairs(const bf16* p, int64_t elements) {
   if (elements >= 2 * kLanes) return VF::load(reinterpret_cast<const float*>(p));
   alignas(64) bf16 t[2 * kLanes] = {};
@@ -123,10 +115,8 @@ FOLDSCAN_INLINE VF load_pairs(const bf16* p, int64_t elements) {
   return VF::load(reinterpret_cast<const float*>(t));
 }
 FOLDSCAN_INLINE VF load_pairs(const float* p, int64_t elements) {
-  alignas(64) bf16 t[2 * kLanes] = {};
-  load_upto(p, elements).store(t);
-  load_upto(p + (elements > kLanes ? kLanes : 0), elements > kLanes ? elements - kLanes : 0).store(t + kLanes);
-  return VF::load(reinterpret_cast<const float*>(t));
+  const int64_t more = imax(0, elements - kLanes);
+  return VP::narrow(load_upto(p, elements), load_upto(p + (more ? kLanes : 0), more)).as_floats();
 }
 
 // bf16 moves pairs of k as one 32-bit lane.

@@ -8,6 +8,8 @@
 //   VF::load(p) / load(p, n)      kLanes floats (or bf16, widened) / the first n, rest zero; store likewise
 //   fma(a, b, c)                  a * b + c
 //   dot2(acc, a, b)               acc + a.lo * b.lo + a.hi * b.hi per lane of bf16 pairs, fp32 accumulation
+//   VP::narrow(a, b) / zip(a, b)  rounded to bf16: all of a, then all of b / pairs (a[i], b[i])
+//   vreciprocal(a)                1 / a within 2 ulp, for normal a and 1 / a
 //   select(m, a, b)               m ? a : b
 //   transpose(r)                  kLanes x kLanes transpose in registers
 //   VC::load(p, shift).in(set)    codes of four bits, (p[i] >> shift) & 15: which are in the set, a mask of 16 bits

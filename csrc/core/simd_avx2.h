@@ -71,6 +71,7 @@ struct VF {
   }
 
  private:
+  friend struct VP;
   static FOLDSCAN_INLINE VF widen(__m128i b) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16))};
   }
@@ -91,6 +92,7 @@ FOLDSCAN_INLINE VF vmax(VF a, VF b) { return {_mm256_max_ps(a.v, b.v)}; }
 FOLDSCAN_INLINE VF vmin(VF a, VF b) { return {_mm256_min_ps(a.v, b.v)}; }
 FOLDSCAN_INLINE VF vabs(VF a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 FOLDSCAN_INLINE VF vsqrt(VF a) { return {_mm256_sqrt_ps(a.v)}; }
+FOLDSCAN_INLINE VF vreciprocal(VF a) { return VF::set(1.0f) / a; }
 FOLDSCAN_INLINE VF vround(VF a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 FOLDSCAN_INLINE VF select(VM m, VF a, VF b) { return {_mm256_blendv_ps(b.v, a.v, m.m)}; }
 FOLDSCAN_INLINE float reduce_add(VF a) {
@@ -126,6 +128,12 @@ struct VP {
     low = {_mm256_permute2x128_si256(l, h, 0x20)};
     high = {_mm256_permute2x128_si256(l, h, 0x31)};
   }
+  static FOLDSCAN_INLINE VP narrow(VF a, VF b) { return {_mm256_set_m128i(b.narrow(), a.narrow())}; }
+  static FOLDSCAN_INLINE VP zip(VF a, VF b) {
+    const __m128i x = a.narrow(), y = b.narrow();
+    return {_mm256_set_m128i(_mm_unpackhi_epi16(x, y), _mm_unpacklo_epi16(x, y))};
+  }
+  FOLDSCAN_INLINE VF as_floats() const { return {_mm256_castsi256_ps(v)}; }
   FOLDSCAN_INLINE void store(bf16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 };
 

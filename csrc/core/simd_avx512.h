@@ -63,6 +63,7 @@ struct VF {
   }
 
  private:
+  friend struct VP;
   static FOLDSCAN_INLINE VF widen(__m256i b) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16))};
   }
@@ -86,6 +87,11 @@ FOLDSCAN_INLINE VF vmax(VF a, VF b) { return {_mm512_max_ps(a.v, b.v)}; }
 FOLDSCAN_INLINE VF vmin(VF a, VF b) { return {_mm512_min_ps(a.v, b.v)}; }
 FOLDSCAN_INLINE VF vabs(VF a) { return {_mm512_abs_ps(a.v)}; }
 FOLDSCAN_INLINE VF vsqrt(VF a) { return {_mm512_sqrt_ps(a.v)}; }
+// The 14 bits of the table and a Newton step.
+FOLDSCAN_INLINE VF vreciprocal(VF a) {
+  const __m512 r = _mm512_rcp14_ps(a.v);
+  return {_mm512_fmadd_ps(r, _mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(1.0f)), r)};
+}
 FOLDSCAN_INLINE VF vround(VF a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 FOLDSCAN_INLINE VF select(VM m, VF a, VF b) { return {_mm512_mask_blend_ps(m.m, b.v, a.v)}; }
 FOLDSCAN_INLINE float reduce_add(VF a) { return _mm512_reduce_add_ps(a.v); }
@@ -116,6 +122,20 @@ struct VP {
     low = {_mm512_permutex2var_epi16(x, index, y)};
     high = {_mm512_permutex2var_epi16(x, _mm512_add_epi16(index, _mm512_set1_epi16(16)), y)};
   }
+  static FOLDSCAN_INLINE VP narrow(VF a, VF b) {
+#ifdef __AVX512BF16__
+    return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v))};
+#else
+    return {_mm512_inserti64x4(_mm512_castsi256_si512(a.narrow()), b.narrow(), 1)};
+#endif
+  }
+  static FOLDSCAN_INLINE VP zip(VF a, VF b) {
+    const __m512i first =
+        _mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    const __m512i index = _mm512_or_si512(first, _mm512_slli_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(16)), 16));
+    return {_mm512_permutexvar_epi16(index, narrow(a, b).v)};
+  }
+  FOLDSCAN_INLINE VF as_floats() const { return {_mm512_castsi512_ps(v)}; }
   FOLDSCAN_INLINE void store(bf16* p) const { _mm512_storeu_si512(p, v); }
 };
 

@@ -97,6 +97,7 @@ FOLDSCAN_INLINE VF vabs(VF a) { return {reinterpret_cast<float4>(reinterpret_cas
 FOLDSCAN_INLINE VF vsqrt(VF a) {
   return {float4{__builtin_sqrtf(a.v[0]), __builtin_sqrtf(a.v[1]), __builtin_sqrtf(a.v[2]), __builtin_sqrtf(a.v[3])}};
 }
+FOLDSCAN_INLINE VF vreciprocal(VF a) { return VF::set(1.0f) / a; }
 // Adding and subtracting 1.5 * 2^23 rounds to nearest even for |x| < 2^22.
 FOLDSCAN_INLINE VF vround(VF a) {
   const VF magic = VF::set(12582912.0f);
@@ -132,6 +133,19 @@ struct VP {
     low = interleave(a, b, kLanes);
     high = interleave(a + kLanes, b + kLanes, kLanes);
   }
+  static FOLDSCAN_INLINE VP narrow(VF a, VF b) {
+    bf16 t[2 * kLanes];
+    a.store(t);
+    b.store(t + kLanes);
+    return load(t);
+  }
+  static FOLDSCAN_INLINE VP zip(VF a, VF b) {
+    bf16 lo[kLanes], hi[kLanes];
+    a.store(lo);
+    b.store(hi);
+    return interleave(lo, hi, kLanes);
+  }
+  FOLDSCAN_INLINE VF as_floats() const { return {reinterpret_cast<float4>(v)}; }
   FOLDSCAN_INLINE void store(bf16* p) const { std::memcpy(p, &v, 16); }
 };
 

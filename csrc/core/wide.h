@@ -104,6 +104,9 @@ FOLDSCAN_INLINE VW fnma(const VW& a, const VW& b, const VW& c) {
 FOLDSCAN_INLINE VW vround(const VW& a) {
   return VW::each([&](int i) FOLDSCAN_LAMBDA { return vround(a.v[i]); });
 }
+FOLDSCAN_INLINE VW vreciprocal(const VW& a) {
+  return VW::each([&](int i) FOLDSCAN_LAMBDA { return vreciprocal(a.v[i]); });
+}
 FOLDSCAN_INLINE VW select(const MW& m, const VW& a, const VW& b) {
   return VW::each([&](int i) FOLDSCAN_LAMBDA { return select(m.m[i], a.v[i], b.v[i]); });
 }

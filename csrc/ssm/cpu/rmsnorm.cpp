@@ -28,7 +28,7 @@ void forward_row(const RmsNorm& p, int64_t m, float* v) {
     each_vector(p.group, [&](auto tag, int64_t i, int64_t n) FOLDSCAN_LAMBDA {
       using V = decltype(tag);
       V value = load_as<V>(x + g + i, n);
-      if (gate_first) value = value * vsilu(load_as<V>(z + g + i, n));
+      if (gate_first) value = value * vsilu_for<T>(load_as<V>(z + g + i, n));
       store_upto(value, v + i, n);
       squares = dot_in_order(value, value, squares);
     });
@@ -39,7 +39,7 @@ void forward_row(const RmsNorm& p, int64_t m, float* v) {
       using V = decltype(tag);
       V y = load_as<V>(v + i, n) * V::set(rstd) * load_as<V>(p.weight + g + i, n);
       if (p.bias) y = y + load_as<V>(p.bias + g + i, n);
-      if (z && p.before_gate) y = y * vsilu(load_as<V>(z + g + i, n));
+      if (z && p.before_gate) y = y * vsilu_for<T>(load_as<V>(z + g + i, n));
       store_upto(y, out + g + i, n);
     });
   }
@@ -62,7 +62,7 @@ void backward_row(const RmsNorm& p, int64_t m, float* dweight, float* dbias, flo
       using V = decltype(tag);
       V norm = load_as<V>(x + g + i, n) * V::set(rstd), dn = load_as<V>(dout + g + i, n);
       if (z) {
-        const V zv = load_as<V>(z + g + i, n), sigmoid = vsigmoid(zv);
+        const V zv = load_as<V>(z + g + i, n), sigmoid = vsigmoid_for<T>(zv);
         (gate_first ? norm : dn) = (gate_first ? norm : dn) * (zv * sigmoid);
         store_upto(sigmoid, sigmoids + i, n);
       }

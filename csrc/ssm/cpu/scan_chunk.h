@@ -13,8 +13,7 @@
 // SSMs" (arXiv:2405.21060), section 6; row-recursive decay is ours.
 #pragma once
 
-#include "core/gemm.h"
-#include "core/parallel.h"
+#include "core/matmul.h"
 #include "core/vmath.h"
 #include "ssm/ssm.h"
 
@@ -56,6 +55,30 @@ FOLDSCAN_INLINE void load_delta(const ScanInputs& in, const float* dt, int64_t d
   }
 }
 
+// Rows of a head that will be read or written soon. They are some KB apart, too far for the hardware to guess, and too
+// many to be asked for at once: a few go with every register tile of a product.
+template <class T>
+struct Upcoming {
+  const T* p;
+  int64_t stride, P, rows;
+  template <bool kWrite = false>
+  FOLDSCAN_INLINE void fetch(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < imin(end, rows); ++i)
+      for (int64_t c = 0; c < P; c += 64 / static_cast<int64_t>(sizeof(T)))
+        __builtin_prefetch(p + i * stride + c, kWrite, 2);
+  }
+};
+
+// gemm_block that sets C, with tile(m) called before the register tiles of the rows from m on.
+template <class T, class Fn>
+FOLDSCAN_INLINE void gemm_tiles(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb,
+                                int64_t panel, float* c, int64_t ldc, bool accumulate, const Fn& tile) {
+  for (int64_t m = 0; m < M; m += kTileMR<T>) {
+    tile(m);
+    gemm_block<T>(imin(kTileMR<T>, M - m), N, K, a + m * lda, lda, kK<T>, b, ldb, panel, c + m * ldc, ldc, accumulate);
+  }
+}
+
 struct Decay {
   alignas(64) float delta[kChunk];
   alignas(64) float step[kChunk];        // e_t
@@ -88,8 +111,8 @@ FOLDSCAN_INLINE void fill_decay(float A, int64_t r0, int64_t q, Decay& d, float*
   for (int64_t v = 0; v < kVecs; ++v) (row[v] * VF::load(d.delta + v * kLanes)).store(d.to_end + v * kLanes);
 }
 
-// The same for the backward pass, which wants the columns: wt[s][l] = w[l][s] for l < kChunk, zero beyond q. Rows by
-// recursion over s, from the last.
+// The same for the backward pass, which wants the columns: wt[s][l] = w[l][s] for l < kChunk, zero beyond q, from
+// the vector of the diagonal on. Rows by recursion over s, from the last.
 FOLDSCAN_INLINE void fill_decay_columns(float A, int64_t q, Decay& d, float* wt) {
   for (int64_t i = 0; i < kChunk; i += kLanes) vexp(VF::load(d.delta + i) * VF::set(A)).store(d.step + i);
   float p = 1.0f;
@@ -104,7 +127,7 @@ FOLDSCAN_INLINE void fill_decay_columns(float A, int64_t q, Decay& d, float* wt)
   const VF tiny = VF::set(kTiny), one = VF::set(1.0f);
   for (int64_t s = q - 1; s >= 0; --s) {
     const VF e = VF::set(s + 1 < q ? d.step[s + 1] : 0.0f), at = VF::set(static_cast<float>(s));
-    for (int64_t v = 0; v < kVecs; ++v) {
+    for (int64_t v = s / kLanes; v < kVecs; ++v) {
       const VF next = row[v] * e;
       const VF lane = VF::iota() + VF::set(static_cast<float>(v * kLanes));
       row[v] = select(lane == at, one, select(next < tiny, VF::zero(), next));
@@ -162,7 +185,7 @@ FOLDSCAN_INLINE RowsOperand<T> rows_operand(const S* rows, int64_t ld, int64_t K
 template <class T>
 FOLDSCAN_INLINE void chunk_output(const GroupChunk<T>& g, Rows<T> C, const T* x, int64_t x_stride, const Decay& d,
                                   const float* w, const float* state, int64_t ld_state, int64_t r0, int64_t q,
-                                  int64_t N, int64_t P, float* y, int64_t ld_y) {
+                                  int64_t N, int64_t P, float* y, int64_t ld_y, const Upcoming<T>& out) {
   Scratch scratch;
   const int64_t rows = q - r0, ld_c = round_up(N, kK<T>);
   T* decayed_c = scratch.get<T>(rows * ld_c);
@@ -172,11 +195,12 @@ FOLDSCAN_INLINE void chunk_output(const GroupChunk<T>& g, Rows<T> C, const T* x,
       store_upto(load_upto(C.p + i * C.ld + n, N - n) * p, decayed_c + i * ld_c + n, ld_c - n);
   }
   const auto s = rows_operand<T>(state, ld_state, N, P, scratch);
-  gemm_block<T>(rows, P, N, decayed_c, ld_c, kK<T>, s.p, s.ldb, s.panel, y, ld_y, false);
+  gemm_tiles<T>(rows, P, N, decayed_c, ld_c, s.p, s.ldb, s.panel, y, ld_y, false,
+                [&](int64_t m) FOLDSCAN_LAMBDA { out.template fetch<true>(m, m + kTileMR<T>); });
 
   T* scores = scratch.get<T>(rows * kChunk);
   for (int64_t l = r0; l < q; ++l)
-    for (int64_t v = 0; v < kChunk; v += kLanes) {
+    for (int64_t v = 0, end = imin(kChunk, l - (l - r0) % (4 * kMR) + 4 * kMR); v < end; v += kLanes) {
       // Lanes beyond l of cb are not initialised: select, do not multiply by the zero decay.
       const VF wv = VF::load(w + l * kChunk + v);
       const VF cb = select(VF::zero() < wv, VF::load(g.cb + l * kChunk + v), VF::zero());
@@ -191,28 +215,51 @@ FOLDSCAN_INLINE void chunk_output(const GroupChunk<T>& g, Rows<T> C, const T* x,
   }
 }
 
+// rows_operand of weights[k] x_k for q rows of P: in bf16 weighed, rounded and packed in one go.
+template <class T>
+FOLDSCAN_INLINE RowsOperand<T> weighted_operand(const T* x, int64_t x_stride, const float* weights, int64_t q,
+                                                int64_t P, Scratch& scratch) {
+  const auto row = [&](int64_t k, int64_t i) FOLDSCAN_LAMBDA {
+    return k < q ? load_upto(x + k * x_stride + i, P - i) * VF::set(weights[k]) : VF::zero();
+  };
+  if constexpr (sizeof(T) == 4) {
+    const int64_t ld = round_up(P, kLanes);
+    float* rows = scratch.get<float>(q * ld);
+    for (int64_t k = 0; k < q; ++k)
+      for (int64_t i = 0; i < P; i += kLanes) row(k, i).store(rows + k * ld + i);
+    return {rows, ld, kNR};
+  } else {
+    const int64_t panel = b_panel_size<bf16>(q);
+    bf16* packed = scratch.get<bf16>(b_packed_size<bf16>(q, P));
+    for (int64_t k = 0; k < q; k += 2)
+      for (int64_t i = 0; i < P; i += kLanes)
+        VP::zip(row(k, i), row(k + 1, i)).store(packed + i / kNR * panel + k * kNR + i % kNR * 2);
+    return {packed, 2 * kNR, panel};
+  }
+}
+
 // state (N, ld_state) += sum_s B_s (to_end_s x_s): what the chunk's q tokens leave.
 template <class T>
 FOLDSCAN_INLINE void add_tokens(const GroupChunk<T>& g, const T* x, int64_t x_stride, const Decay& d, int64_t q,
-                                int64_t N, int64_t P, float* state, int64_t ld_state) {
+                                int64_t N, int64_t P, float* state, int64_t ld_state, const Upcoming<T>& next) {
   Scratch scratch;
-  float* weighted = scratch.get<float>(q * ld_state);
-  for (int64_t s = 0; s < q; ++s) {
-    const VF weight = VF::set(d.to_end[s]);
-    for (int64_t i = 0; i < ld_state; i += kLanes)
-      (load_upto(x + s * x_stride + i, P - i) * weight).store(weighted + s * ld_state + i);
-  }
-  const auto tokens = rows_operand<T>(weighted, ld_state, q, P, scratch);
-  gemm_block<T>(N, P, q, g.b_columns, kChunk, kK<T>, tokens.p, tokens.ldb, tokens.panel, state, ld_state, true);
+  const auto tokens = weighted_operand<T>(x, x_stride, d.to_end, q, P, scratch);
+  const int64_t rows = ceil_div(next.rows * kTileMR<T>, N);
+  int64_t fetched = 0;
+  gemm_tiles<T>(N, P, q, g.b_columns, kChunk, tokens.p, tokens.ldb, tokens.panel, state, ld_state, true,
+                [&](int64_t) FOLDSCAN_LAMBDA {
+                  next.fetch(fetched, fetched + rows);
+                  fetched += rows;
+                });
 }
 
 // state (N, ld_state) -> the state after the chunk's q tokens.
 template <class T>
 FOLDSCAN_INLINE void chunk_state(const GroupChunk<T>& g, const T* x, int64_t x_stride, const Decay& d, int64_t q,
-                                 int64_t N, int64_t P, float* state, int64_t ld_state) {
+                                 int64_t N, int64_t P, float* state, int64_t ld_state, const Upcoming<T>& next) {
   const VF total = VF::set(d.total);
   for (int64_t i = 0; i < N * ld_state; i += kLanes) (VF::load(state + i) * total).store(state + i);
-  add_tokens(g, x, x_stride, d, q, N, P, state, ld_state);
+  add_tokens(g, x, x_stride, d, q, N, P, state, ld_state, next);
 }
 
 // out = (y + D x) silu(z), rows of P; D is per channel or one value.

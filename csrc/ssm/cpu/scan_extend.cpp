@@ -64,11 +64,12 @@ void run_sequence(const ScanExtend& p, int64_t i, int64_t g, int64_t h0, int64_t
       float* state = states + j * N * ld;
       load_delta(in, rows.dt, in.H, h, q, d->delta);
       fill_decay(in.A[h], offset, q, *d, w);
-      chunk_output(group, C, xh, rows.x.ld, *d, w, state, ld, offset, q, N, P, y, ld);
+      const Upcoming<T> out_rows{out + (t * in.H + h) * P, in.H * P, P, added};
+      chunk_output(group, C, xh, rows.x.ld, *d, w, state, ld, offset, q, N, P, y, ld, out_rows);
       for (int64_t l = 0; l < added; ++l)
         finish_row(in, h, y + l * ld, xh + (offset + l) * rows.x.ld, z ? z + (t + l) * in.z_stride + h * P : nullptr,
                    out + ((t + l) * in.H + h) * P);
-      if (q == kChunk) chunk_state(group, xh, rows.x.ld, *d, q, N, P, state, ld);
+      if (q == kChunk) chunk_state(group, xh, rows.x.ld, *d, q, N, P, state, ld, Upcoming<T>{});
     }
     t += added;
     offset = 0;

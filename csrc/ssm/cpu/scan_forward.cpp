@@ -37,13 +37,17 @@ void run_segment(const ScanForward& p, const Segment& seg, int64_t g, int64_t h0
       const int64_t h = h0 + j;
       const T* xh = x + t * in.x_stride + h * P;
       float* state = states + j * state_size;
+      const bool same = j + 1 < heads;
+      const Upcoming<T> next{same ? xh + P : xh - j * P + kChunk * in.x_stride, in.x_stride, P,
+                             same ? q : imin(kChunk, seg.end - t - q)};
       load_delta(in, in.dt + t * in.H, in.H, h, q, d->delta);
       fill_decay(in.A[h], 0, q, *d, w);
-      chunk_output(group, C, xh, in.x_stride, *d, w, state, ld, 0, q, N, P, y, ld);
+      const Upcoming<T> rows{out + (t * in.H + h) * P, in.H * P, P, q};
+      chunk_output(group, C, xh, in.x_stride, *d, w, state, ld, 0, q, N, P, y, ld, rows);
       for (int64_t l = 0; l < q; ++l)
         finish_row(in, h, y + l * ld, xh + l * in.x_stride, z ? z + (t + l) * in.z_stride + h * P : nullptr,
                    out + ((t + l) * in.H + h) * P);
-      if (t + q < seg.end || want_final) chunk_state(group, xh, in.x_stride, *d, q, N, P, state, ld);
+      if (t + q < seg.end || want_final) chunk_state(group, xh, in.x_stride, *d, q, N, P, state, ld, next);
     }
   }
   if (want_final)
@@ -58,7 +62,7 @@ void run(const ScanForward& p) {
   Segment* segments = scratch.get<Segment>(max_segments(p.seqs));
   const int64_t count = fill_segments(p.seqs, segments);
   const int64_t heads = in.H / in.G;
-  const HeadBlocks blocks(heads, imin(8, ceil_div(count * in.H, 4 * num_threads())));
+  const HeadBlocks blocks(heads, imin(8, ceil_div(count * in.H, 2 * num_threads())));
   const int64_t per_segment = in.G * blocks.per_group;
   parallel_for(count * per_segment, 1, [&](int64_t task) {
     const int64_t block = task % per_segment, g = block / blocks.per_group;
