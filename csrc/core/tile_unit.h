@@ -66,33 +66,47 @@ struct SoftwareTiles {
     unit.config = config;
   }
   static FOLDSCAN_INLINE void release() { unit = Unit{}; }
-  template <int T>
-  static FOLDSCAN_INLINE void zero() {
-    check(unit.config.rows[T] > 0);
-    unit.tiles[T] = Tile{};
+  static FOLDSCAN_INLINE void zero(int t) {
+    check(unit.config.rows[t] > 0);
+    unit.tiles[t] = Tile{};
   }
-  template <int T>
-  static FOLDSCAN_INLINE void load(const void* p, int64_t stride) {
-    zero<T>();
-    for (int r = 0; r < unit.config.rows[T]; ++r)
-      std::memcpy(unit.tiles[T].bytes[r], static_cast<const char*>(p) + r * stride, unit.config.row_bytes[T]);
+  static FOLDSCAN_INLINE void load(int t, const void* p, int64_t stride) {
+    zero(t);
+    for (int r = 0; r < unit.config.rows[t]; ++r)
+      std::memcpy(unit.tiles[t].bytes[r], static_cast<const char*>(p) + r * stride, unit.config.row_bytes[t]);
   }
-  template <int T>
-  static FOLDSCAN_INLINE void store(void* p, int64_t stride) {
-    check(unit.config.rows[T] > 0);
-    for (int r = 0; r < unit.config.rows[T]; ++r)
-      std::memcpy(static_cast<char*>(p) + r * stride, unit.tiles[T].bytes[r], unit.config.row_bytes[T]);
+  static FOLDSCAN_INLINE void store(int t, void* p, int64_t stride) {
+    check(unit.config.rows[t] > 0);
+    for (int r = 0; r < unit.config.rows[t]; ++r)
+      std::memcpy(static_cast<char*>(p) + r * stride, unit.tiles[t].bytes[r], unit.config.row_bytes[t]);
   }
-  template <int C, int A, int B>
-  static FOLDSCAN_INLINE void dot() {
+  static FOLDSCAN_INLINE void dot(int c, int a, int b) {
     const TileConfig& s = unit.config;
-    check(C != A && C != B && A != B && s.rows[C] > 0 && s.rows[A] == s.rows[C] && s.row_bytes[B] == s.row_bytes[C] &&
-          s.rows[B] * 4 == s.row_bytes[A] && s.row_bytes[C] % 4 == 0);
+    check(c != a && c != b && a != b && s.rows[c] > 0 && s.rows[a] == s.rows[c] && s.row_bytes[b] == s.row_bytes[c] &&
+          s.rows[b] * 4 == s.row_bytes[a] && s.row_bytes[c] % 4 == 0);
     constexpr unsigned kNearestFlushNoExceptions = 0x9fc0;
     const unsigned mxcsr = _mm_getcsr();
     _mm_setcsr(kNearestFlushNoExceptions);
-    multiply(unit.tiles[C], unit.tiles[A], unit.tiles[B], s.rows[C], s.rows[B]);
+    multiply(unit.tiles[c], unit.tiles[a], unit.tiles[b], s.rows[c], s.rows[b]);
     _mm_setcsr(mxcsr);
+  }
+
+  // The same with the numbers of the tiles as the hardware wants them, in the instruction.
+  template <int T>
+  static FOLDSCAN_INLINE void zero() {
+    zero(T);
+  }
+  template <int T>
+  static FOLDSCAN_INLINE void load(const void* p, int64_t stride) {
+    load(T, p, stride);
+  }
+  template <int T>
+  static FOLDSCAN_INLINE void store(void* p, int64_t stride) {
+    store(T, p, stride);
+  }
+  template <int C, int A, int B>
+  static FOLDSCAN_INLINE void dot() {
+    dot(C, A, B);
   }
 
  private:

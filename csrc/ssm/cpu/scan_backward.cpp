@@ -250,9 +250,9 @@ void run_chunk(const Task<T>& k, int64_t c, int64_t chunks) {
     gemm_block<T>(q, P, N, B.p, B.ld, kK<T>, g_op.p, g_op.ldb, g_op.panel, gb, ld, false);
     const auto s_op = rows_operand<T>(state, ld, N, P, inner);
     gemm_block<T>(q, P, N, C.p, C.ld, kK<T>, s_op.p, s_op.ldb, s_op.panel, sc, ld, false);
-    for (int64_t s = 0; s < q; s += 4 * kMR)  // row s has nothing before l = s
-      gemm_block<T>(imin(4 * kMR, q - s), P, q - s, scores + s * kChunk + s, kChunk, kK<T>, dy_op.from(s), dy_op.ldb,
-                    dy_op.panel, br + s * ld, ld, false);
+    for (int64_t s = 0; s < q; s += kCausalRows<T>)  // row s has nothing before l = s
+      gemm_block<T>(imin(kCausalRows<T>, q - s), P, q - s, scores + s * kChunk + s, kChunk, kK<T>, dy_op.from(s),
+                    dy_op.ldb, dy_op.panel, br + s * ld, ld, false);
 
     T* dx = static_cast<T*>(p.dx) + (t * H + h) * P;
     alignas(64) float direct[kChunk];
