@@ -4,8 +4,8 @@
 // pairs loads one tile of A and four of B for four products; a product keeps the unit busy for 16 cycles, a load from
 // L1 takes 8 (Intel's figures), so the products are the bound.
 //
-// Numerics: a chain is cut into links of 16 pairs, counted from its start (tile_unit.h: exact sums of a link, then one
-// addition to C). The last link is shorter; pairs that are zero in A change nothing (but the sign of a zero), so a
+// Numerics: a chain is cut into links of 16 pairs, counted from its start (tile_unit.h: a link is summed apart, then
+// added to C). The last link is shorter; pairs that are zero in A change nothing (but the sign of a zero), so a
 // caller may give a row more of them.
 //
 // The shapes of the tiles (rows of A and C, pairs of the last link) are state of the thread, set anew only when they

@@ -129,10 +129,12 @@ def run(options: argparse.Namespace) -> None:
     ) as progress:
         bar = progress.add_task("machine", total=len(todo))
         on = machine(options.device, threads)
+        facts = info.report()
+        isa = facts["isa"] + (", tiles in software" if facts["software_tiles"] else "")
         about = {
             "device": device_name(options.device),
             "threads": threads,
-            "isa": info.report()["isa"] if options.device == "cpu" else "",
+            "isa": isa if options.device == "cpu" else "",
             "versions": versions(),
             "commit": commit(),
         }
