@@ -29,6 +29,8 @@ class CMakeBuild(build_ext):
         # A developer's quick build of one instruction set must not be remembered by the next full one.
         isas = os.environ.get("FOLDSCAN_BUILD_ISAS")
         args.append(f"-DFOLDSCAN_ISAS={isas}" if isas else "-UFOLDSCAN_ISAS")
+        software_tiles = os.environ.get("FOLDSCAN_BUILD_SOFTWARE_TILES", "0") != "0"
+        args.append(f"-DFOLDSCAN_SOFTWARE_TILES={'ON' if software_tiles else 'OFF'}")
         cmake = [sys.executable, "-m", "cmake"] if _has_module("cmake") else ["cmake"]
         subprocess.run([*cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *args], check=True)
         subprocess.run([*cmake, "--build", str(build)], check=True)

@@ -19,8 +19,9 @@ export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 
 echo "== core under AddressSanitizer and UBSan"
 configure asan -DFOLDSCAN_SANITIZE=address,undefined
-compile asan test_core_portable test_core_avx2 test_core_avx512 test_core_avx512_bf16 test_parallel
-for isa in portable avx2 avx512 avx512_bf16; do
+compile asan test_core_portable test_core_avx2 test_core_avx512 test_core_avx512_bf16 test_core_avx512_amx \
+  test_core_software_tiles test_parallel
+for isa in portable avx2 avx512 avx512_bf16 avx512_amx software_tiles; do
   "build/asan/tests/cpp/test_core_$isa" || [ $? -eq 77 ]
 done
 build/asan/tests/cpp/test_parallel

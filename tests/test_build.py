@@ -36,15 +36,29 @@ def test_no_native_flags_and_no_framework_in_the_core() -> None:
 def test_report_and_info_command() -> None:
     report = info.report()
     assert report["isa"] in report["isa_available"] and report["threads"] >= 1 and report["cuda"] is False
+    assert not set(report["isa_missing"]) & set(report["isa_available"])
     done = subprocess.run([sys.executable, "-m", "foldscan", "info", "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["version"] == foldscan.__version__
 
 
-def test_unknown_instruction_set_is_one_clear_error() -> None:
-    code = "import os; os.environ['FOLDSCAN_ISA'] = 'avx9'; from foldscan import _native; _native.capabilities()"
+def _error_of_forced(isa: str) -> str:
+    code = f"import os; os.environ['FOLDSCAN_ISA'] = '{isa}'; from foldscan import _native; _native.capabilities()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode != 0 and "FOLDSCAN_ISA: got 'avx9', want portable" in done.stderr
+    assert done.returncode != 0
+    return done.stderr
+
+
+def test_unknown_instruction_set_is_one_clear_error() -> None:
+    assert "FOLDSCAN_ISA: got 'avx9', want one of portable, avx2" in _error_of_forced("avx9")
+
+
+def test_missing_instruction_set_says_what_is_missing() -> None:
+    missing = _native.capabilities()["isa_missing"]
+    if not missing:
+        pytest.skip("this CPU and build have all instruction sets")
+    for isa, what in missing.items():
+        assert f"FOLDSCAN_ISA: {isa} is not available: {what}" in _error_of_forced(isa)
 
 
 def test_numpy_gemm() -> None:

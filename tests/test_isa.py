@@ -27,11 +27,11 @@ SELECTION = [
 ]
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"])
 def test_forced_instruction_set(isa: str) -> None:
     capabilities = _native.capabilities()
-    if isa not in capabilities["isa_available"]:
-        pytest.skip(f"this CPU or build has no {isa}")
+    if isa in capabilities["isa_missing"]:
+        pytest.skip(f"{isa}: {capabilities['isa_missing'][isa]}")
     if isa == capabilities["isa"]:
         assert isa == capabilities["isa_available"][-1] or os.environ.get("FOLDSCAN_ISA") == isa
         return

@@ -26,13 +26,24 @@ foldscan::DType parse_dtype(const std::string& dtype) {
 }
 
 py::dict capabilities() {
-  using foldscan::Isa;
   std::vector<std::string> available;
-  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16})
-    if (foldscan::isa_available(isa)) available.emplace_back(foldscan::isa_name(isa));
+  py::dict missing;
+  for (foldscan::Isa isa : foldscan::kIsas) {
+    if (const char* what = foldscan::isa_missing(isa)) {
+      missing[foldscan::isa_name(isa)] = what;
+    } else {
+      available.emplace_back(foldscan::isa_name(isa));
+    }
+  }
   py::dict d;
   d["isa"] = foldscan::isa_name(foldscan::current_isa());
   d["isa_available"] = available;
+  d["isa_missing"] = missing;
+#ifdef FOLDSCAN_SOFTWARE_TILES
+  d["software_tiles"] = true;
+#else
+  d["software_tiles"] = false;
+#endif
   d["compiler"] = __VERSION__;
   d["cuda"] = false;
   return d;
@@ -77,7 +88,10 @@ Array gemm(const Array& a, const Array& b, const std::string& dtype) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Capabilities of the compiled foldscan core, and entry points on NumPy arrays.";
   foldscan::set_pool_threads(1);
-  m.def("capabilities", &capabilities, "dict: isa (in use), isa_available, compiler, cuda (built with CUDA kernels)");
+  m.def(
+      "capabilities", &capabilities,
+      "dict: isa (in use), isa_available, isa_missing (what each of the others lacks here), software_tiles (avx512_amx "
+      "on a tile unit in software), compiler, cuda (built with CUDA kernels)");
   m.def("peak_flops", &peak_flops, py::arg("dtype") = "float32", py::arg("seconds") = 0.1,
         "Multiply-add rate of one thread in FLOP/s (best of many rounds): the bound of every kernel of that dtype.");
   m.def(

@@ -6,14 +6,16 @@
 
 namespace foldscan {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, avx512_amx = 4 };
+// The later, the better.
+constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::avx512_amx};
 
-// The one in use. Throws std::runtime_error when FOLDSCAN_ISA names one that is unknown, not compiled in or not
-// supported by this CPU.
+// The one in use. Throws std::runtime_error when FOLDSCAN_ISA names one that is unknown or lacks something here.
 Isa current_isa();
 const char* isa_name(Isa isa);
-// Compiled in and supported by this CPU.
-bool isa_available(Isa isa);
+// What this build, CPU or system lacks to run it; nullptr if nothing. Asking for avx512_amx asks Linux for permission
+// to use the tile registers, which holds for all threads of the process and for its forks.
+const char* isa_missing(Isa isa);
 
 }  // namespace foldscan
 
@@ -45,17 +47,24 @@ bool isa_available(Isa isa);
 #else
 #define FOLDSCAN_COPY_AVX512_BF16(family, function) nullptr
 #endif
+#ifdef FOLDSCAN_HAS_AVX512_AMX
+#define FOLDSCAN_COPY_AVX512_AMX(family, function) ::foldscan::avx512_amx::family::function
+#else
+#define FOLDSCAN_COPY_AVX512_AMX(family, function) nullptr
+#endif
 
-#define FOLDSCAN_DISPATCH(family, function, Params)                                           \
-  FOLDSCAN_DECLARE_COPY(portable, family, function, Params)                                   \
-  FOLDSCAN_DECLARE_COPY(avx2, family, function, Params)                                       \
-  FOLDSCAN_DECLARE_COPY(avx512, family, function, Params)                                     \
-  FOLDSCAN_DECLARE_COPY(avx512_bf16, family, function, Params)                                \
-  namespace foldscan::family::cpu {                                                           \
-  void function(const Params& p) {                                                            \
-    static void (*const table[])(const Params&) = {                                           \
-        FOLDSCAN_COPY_PORTABLE(family, function), FOLDSCAN_COPY_AVX2(family, function),       \
-        FOLDSCAN_COPY_AVX512(family, function), FOLDSCAN_COPY_AVX512_BF16(family, function)}; \
-    table[static_cast<int>(current_isa())](p);                                                \
-  }                                                                                           \
+#define FOLDSCAN_DISPATCH(family, function, Params)                                          \
+  FOLDSCAN_DECLARE_COPY(portable, family, function, Params)                                  \
+  FOLDSCAN_DECLARE_COPY(avx2, family, function, Params)                                      \
+  FOLDSCAN_DECLARE_COPY(avx512, family, function, Params)                                    \
+  FOLDSCAN_DECLARE_COPY(avx512_bf16, family, function, Params)                               \
+  FOLDSCAN_DECLARE_COPY(avx512_amx, family, function, Params)                                \
+  namespace foldscan::family::cpu {                                                          \
+  void function(const Params& p) {                                                           \
+    static void (*const table[])(const Params&) = {                                          \
+        FOLDSCAN_COPY_PORTABLE(family, function), FOLDSCAN_COPY_AVX2(family, function),      \
+        FOLDSCAN_COPY_AVX512(family, function), FOLDSCAN_COPY_AVX512_BF16(family, function), \
+        FOLDSCAN_COPY_AVX512_AMX(family, function)};                                         \
+    table[static_cast<int>(current_isa())](p);                                               \
+  }                                                                                          \
   }

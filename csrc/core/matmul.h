@@ -29,6 +29,7 @@ constexpr int64_t kTileRows = 144;
 constexpr int64_t kTileCols = 8 * kNR;
 constexpr int64_t kLoadRows = 48;  // rows of A that are copied at a time: a multiple of the register tiles' rows
 static_assert(kLoadRows % kTileMR<float> == 0 && kLoadRows % kTileMR<bf16> == 0);
+static_assert(kKC % kWholeSteps<bf16> == 0 && kKL1 * kK<bf16> % kWholeSteps<bf16> == 0);
 
 // C (rows x cols) = or += A B over one run of K: all row tiles of a panel before the next panel, and meanwhile the
 // panel after it is fetched, `next` after the last. panel_at(n): the panel of columns n .. n + kNR. before(n, m) is

@@ -112,6 +112,14 @@ Pool& pool() {
 ParallelBackend g_backend{[](int64_t workers, RangeFn fn, void* ctx) { pool().run(workers, fn, ctx); },
                           [] { return pool().size(); }};
 
+thread_local void (*t_on_exit)() = nullptr;
+
+void leave_loop() {
+  if (!t_on_exit) return;
+  t_on_exit();
+  t_on_exit = nullptr;
+}
+
 struct Items {
   RangeFn fn;
   void* ctx;
@@ -123,7 +131,7 @@ void take_items(void* ctx, int64_t, int64_t) {
   Items& items = *static_cast<Items*>(ctx);
   for (;;) {
     const int64_t begin = items.next.fetch_add(items.grain);
-    if (begin >= items.n) return;
+    if (begin >= items.n) return leave_loop();
     items.fn(items.ctx, begin, imin(begin + items.grain, items.n));
   }
 }
@@ -160,13 +168,17 @@ Arena& arena() {
 
 void set_parallel_backend(ParallelBackend backend) { g_backend = backend; }
 int num_threads() { return g_backend.threads(); }
+void on_loop_exit(void (*f)()) { t_on_exit = f; }
 void set_pool_threads(int n) { pool().resize(n); }
 
 void run_items(int64_t n, int64_t grain, RangeFn fn, void* ctx) {
   if (n <= 0) return;
   grain = imax(1, grain);
   const int64_t workers = imin(num_threads(), ceil_div(n, grain));
-  if (workers <= 1) return fn(ctx, 0, n);
+  if (workers <= 1) {
+    fn(ctx, 0, n);
+    return leave_loop();
+  }
   Items items{fn, ctx, n, grain};
   g_backend.run(workers, take_items, &items);
 }

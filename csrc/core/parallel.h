@@ -40,6 +40,10 @@ FOLDSCAN_INLINE void parallel_for(int64_t n, int64_t grain, const F& f) {
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
+// f runs once, on this thread, when it leaves the loop that it is in: for hardware state of a thread that a kernel sets
+// up and nobody else may find there. Outside of loops it waits for the end of the next one.
+void on_loop_exit(void (*f)());
+
 // Grain such that a run of items costs about 32k elementary operations.
 FOLDSCAN_INLINE int64_t grain_for(int64_t cost_per_item) { return imax(1, 32768 / imax(1, cost_per_item)); }
 

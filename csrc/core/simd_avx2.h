@@ -11,6 +11,7 @@ constexpr int kLanes = 8;
 // 12 accumulators, two vectors of B and one broadcast of A fit the 16 registers.
 constexpr int kMR = 6;
 constexpr int kMRPairs = 4;  // rows of the bf16 tile: the halves of a pair take registers of their own
+constexpr int kPairsAtOnce = 1;
 constexpr int kNV = 2;
 
 struct VM {

@@ -10,7 +10,13 @@ namespace foldscan::FOLDSCAN_ISA {
 constexpr int kLanes = 16;
 // Register tile of the GEMM micro-kernels: kMR rows by kNV vectors (24 accumulators of 32 registers).
 constexpr int kMR = 6;
+#ifdef __AMX_BF16__  // a tile unit multiplies bf16 pairs: 16 rows by 16 pairs of k at a time
+constexpr int kMRPairs = 16;
+constexpr int kPairsAtOnce = 16;
+#else
 constexpr int kMRPairs = 6;  // rows of the bf16 tile
+constexpr int kPairsAtOnce = 1;
+#endif
 constexpr int kNV = 4;
 
 struct VM {

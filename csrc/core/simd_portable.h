@@ -21,6 +21,7 @@ constexpr int kMR = 4;
 constexpr int kNV = 2;
 #endif
 constexpr int kMRPairs = 4;
+constexpr int kPairsAtOnce = 1;
 
 typedef float float4 __attribute__((vector_size(16)));
 typedef int32_t int4 __attribute__((vector_size(16)));

@@ -14,8 +14,10 @@ def report() -> dict[str, Any]:
     """The capability report as plain data.
 
     Returns:
-        ``version``; ``isa`` (in use) and ``isa_available``; ``threads`` (of PyTorch's pool, which runs the kernels);
-        ``torch``, ``python``, ``machine``, ``compiler``; ``cuda`` (whether this build holds CUDA kernels).
+        ``version``; ``isa`` (in use), ``isa_available`` and ``isa_missing`` (what each of the others lacks here);
+        ``software_tiles`` (whether ``avx512_amx`` runs on a tile unit in software, for tests); ``threads`` (of
+        PyTorch's pool, which runs the kernels); ``torch``, ``python``, ``machine``, ``compiler``; ``cuda`` (whether
+        this build holds CUDA kernels).
     """
     return {
         "version": __version__,

@@ -23,4 +23,6 @@ inline int passed = 0, failed = 0;
 
 // Defined once per instruction set by the isa_*.cpp files.
 void run_gemm_tests();
+void run_tile_tests();
+void emulate_tiles();
 void run_vmath_tests();

@@ -1,4 +1,7 @@
 // GEMM, packing and matmul against a double loop; row invariance bit for bit.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cmath>
 #include <random>
 #include <vector>
@@ -81,6 +84,71 @@ void check_block_edges(int64_t M, int64_t N) {
   CHECK(wrong == 0, "M %ld N %ld: %d wrong values", long(M), long(N), wrong);
 }
 
+template <class T>
+std::vector<float> block(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, int64_t ak,
+                         const std::vector<T>& packed, int64_t piece) {
+  std::vector<float> c(static_cast<size_t>(M * N), -1.0f);
+  for (int64_t k = 0; k < K; k += piece)
+    gemm_block<T>(M, N, imin(piece, K - k), a + k / kK<T> * ak, lda, ak, packed.data() + k * kNR, kNR * kK<T>,
+                  b_panel_size<T>(K), c.data(), N, k > 0);
+  return c;
+}
+
+// A by rows, A by columns (of pairs), and K cut and continued at whole steps: the same bits.
+template <class T>
+void check_same_chains(int64_t M, int64_t N, int64_t K) {
+  const int64_t steps = ceil_div(K, kK<T>), lda = steps * kK<T>;
+  auto a = random_values<T>(M * lda, 3);
+  const auto b = random_values<T>(K * N, 4);
+  std::vector<T> packed(static_cast<size_t>(b_packed_size<T>(K, N))), columns(a.size());
+  pack_b(b.data(), N, 1, K, N, packed.data());
+  for (int64_t m = 0; m < M; ++m) {
+    if (lda > K) a[static_cast<size_t>(m * lda + K)] = from_float<T>(0.0f);
+    for (int64_t k = 0; k < lda; ++k)
+      columns[static_cast<size_t>((k / kK<T> * M + m) * kK<T> + k % kK<T>)] = a[static_cast<size_t>(m * lda + k)];
+  }
+  const auto want = block<T>(M, N, K, a.data(), lda, kK<T>, packed, K);
+  const auto by_columns = block<T>(M, N, K, columns.data(), kK<T>, M * kK<T>, packed, K);
+  const auto pieces = block<T>(M, N, K, a.data(), lda, kK<T>, packed, imax(kWholeSteps<T>, 2));
+  const size_t bytes = want.size() * 4;
+  CHECK(std::memcmp(want.data(), by_columns.data(), bytes) == 0, "M %ld N %ld K %ld: A by columns has other bits",
+        long(M), long(N), long(K));
+  CHECK(std::memcmp(want.data(), pieces.data(), bytes) == 0, "M %ld N %ld K %ld: pieces of K have other bits", long(M),
+        long(N), long(K));
+}
+
+// Operands that end where readable memory ends.
+template <class T>
+void check_reads(int64_t M, int64_t N, int64_t K) {
+  const int64_t lda = round_up(K, kK<T>), page = sysconf(_SC_PAGESIZE);
+  struct Guarded {
+    char* base;
+    int64_t size;
+    int64_t page;
+    Guarded(int64_t bytes, int64_t p) : size(round_up(bytes, p)), page(p) {
+      base = static_cast<char*>(
+          mmap(nullptr, static_cast<size_t>(size + page), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+      mprotect(base + size, static_cast<size_t>(page), PROT_NONE);
+    }
+    ~Guarded() { munmap(base, static_cast<size_t>(size + page)); }
+    void* end(int64_t bytes) const { return base + size - bytes; }
+  };
+  const int64_t a_bytes = M * lda * int64_t{sizeof(T)}, c_bytes = M * N * 4;
+  const int64_t b_bytes = b_packed_size<T>(K, N) * int64_t{sizeof(T)};
+  const Guarded a(a_bytes, page), b(b_bytes, page), c(c_bytes, page);
+  T* pa = static_cast<T*>(a.end(a_bytes));
+  T* pb = static_cast<T*>(b.end(b_bytes));
+  float* pc = static_cast<float*>(c.end(c_bytes));
+  for (int64_t i = 0; i < M * lda; ++i) pa[i] = from_float<T>(i % lda < K ? 1.0f : 0.0f);
+  for (int64_t i = 0; i < b_packed_size<T>(K, N); ++i) pb[i] = from_float<T>(2.0f);
+  int wrong = 0;
+  for (int pass = 1; pass <= 2; ++pass) {
+    gemm_block<T>(M, N, K, pa, lda, kK<T>, pb, kNR * kK<T>, b_panel_size<T>(K), pc, N, pass == 2);
+    for (int64_t i = 0; i < M * N; ++i) wrong += pc[i] != 2.0f * static_cast<float>(K * pass);
+  }
+  CHECK(wrong == 0, "M %ld N %ld K %ld: %d wrong values", long(M), long(N), long(K), wrong);
+}
+
 void check_transpose() {
   VF r[kLanes];
   for (int i = 0; i < kLanes; ++i) r[i] = VF::iota() + VF::set(static_cast<float>(100 * i));
@@ -113,11 +181,19 @@ void run_gemm_tests() {
   using namespace foldscan::FOLDSCAN_ISA;
   check_transpose();
   check_bf16_rounding();
-  for (int64_t M : {1, 2, 3, 5, 6, 7, 13})
+  for (int64_t M : {1, 2, 3, 5, 6, 7, 13, 16, 17, 35})
     for (int64_t N : {1, 15, 16, 17, 63, 64, 65, 130}) {
       check_block_edges<float>(M, N);
       check_block_edges<foldscan::bf16>(M, N);
     }
+  for (int64_t M : {1, 4, 16, 23})
+    for (int64_t N : {1, 16, 60, 70})
+      for (int64_t K : {1, 2, 31, 32, 33, 100}) {
+        check_same_chains<float>(M, N, K);
+        check_same_chains<foldscan::bf16>(M, N, K);
+        check_reads<float>(M, N, K);
+        check_reads<foldscan::bf16>(M, N, K);
+      }
   check_shapes<float>();
   check_shapes<foldscan::bf16>();
 }

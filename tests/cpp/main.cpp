@@ -1,16 +1,20 @@
-#include <initializer_list>
-
 #include "check.h"
 #include "core/isa.h"
 
 int main() {
-  const auto all = {foldscan::Isa::portable, foldscan::Isa::avx2, foldscan::Isa::avx512, foldscan::Isa::avx512_bf16};
-  for (auto isa : all) {
+  for (auto isa : foldscan::kIsas) {
     if (__builtin_strcmp(foldscan::isa_name(isa), FOLDSCAN_TEST_ISA) != 0) continue;
-    if (!foldscan::isa_available(isa)) {
-      std::printf("skipped: this CPU has no %s\n", FOLDSCAN_TEST_ISA);
+    const char* missing = foldscan::isa_missing(isa);
+    if (missing && isa == foldscan::Isa::avx512_amx && !foldscan::isa_missing(foldscan::Isa::avx512_bf16)) {
+      std::printf("%s: its instructions are emulated\n", missing);
+      emulate_tiles();
+      missing = nullptr;
+    }
+    if (missing) {
+      std::printf("skipped: %s\n", missing);
       return 77;
     }
+    run_tile_tests();
     run_gemm_tests();
     run_vmath_tests();
   }

@@ -26,6 +26,29 @@ void check_nested() {
   CHECK(total == 35, "%d inner items", total.load());
 }
 
+// What a thread asks for when it enters a loop happens once, on that thread, before the loop returns.
+void check_exit() {
+  for (int threads : {1, 3}) {
+    set_pool_threads(threads);
+    static std::atomic<int> asked, left;
+    static thread_local int here;
+    asked = left = 0;
+    for (int round = 0; round < 3; ++round) {
+      parallel_for(100, 1, [](int64_t) {
+        if (here++ > 0) return;
+        asked.fetch_add(1);
+        on_loop_exit([] {
+          here = 0;
+          left.fetch_add(1);
+        });
+      });
+      CHECK(asked > round && asked == left, "%d threads: %d asked, %d left", threads, asked.load(), left.load());
+    }
+    parallel_for(100, 1, [](int64_t) {});
+    CHECK(asked == left, "%d threads: %d left later than they asked", threads, left.load());
+  }
+}
+
 void check_scratch() {
   char* first;
   {
@@ -54,6 +77,7 @@ int main() {
       for (int64_t grain : {1, 3, 5000}) check_items(threads, n, grain);
   for (int i = 0; i < 2000; ++i) check_items(2, 8, 1);
   check_nested();
+  check_exit();
   check_scratch();
   std::printf("%d passed, %d failed\n", test::passed, test::failed);
   return test::failed == 0 ? 0 : 1;

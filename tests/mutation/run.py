@@ -3,7 +3,8 @@
     python tests/mutation/run.py [FAMILY ...] [--list]
 
 A family is a file FAMILY.yaml beside this one: a list of {file, find, replace, test, why}. `find` must occur exactly
-once in `file`. The copy is built for the best instruction set of this machine only. Progress is kept in
+once in `file`. `test` is what pytest takes, or ctest:NAME for a C++ test, built by itself. The copy is built for the
+best instruction set of this machine only. Progress is kept in
 build/mutation/done.json, so that an interrupted run goes on where it stopped; exit code 1 if a fault survives.
 """
 
@@ -27,6 +28,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 COPY = ROOT / "build" / "mutation" / "tree"
 DONE = ROOT / "build" / "mutation" / "done.json"
+CMAKE = [sys.executable, "-m", "cmake"]
+SKIPPED = 77
 
 
 def load(families: list[str]) -> list[dict[str, Any]]:
@@ -64,16 +67,36 @@ def copy_tree() -> None:
             shutil.copyfile(source, target)
 
 
-def build(isa: str) -> bool:
+def build(isa: str, tests: str) -> bool:
+    if name := ctest_name(tests):
+        folder = ["-S", ".", "-B", "build/cpp", "-G", "Ninja"]
+        steps = [[*CMAKE, *folder], [*CMAKE, "--build", "build/cpp", "--target", f"test_{name}"]]
+        return all(subprocess.run(step, cwd=COPY, capture_output=True).returncode == 0 for step in steps)
     env = os.environ | {"FOLDSCAN_BUILD_ISAS": isa}
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     return subprocess.run(command, cwd=COPY, env=env, capture_output=True).returncode == 0
 
 
-def tests_pass(tests: str) -> bool:
+def ctest_name(tests: str) -> str | None:
+    return tests.removeprefix("ctest:") if tests.startswith("ctest:") else None
+
+
+def run_tests(tests: str) -> int:
+    """The exit code: 0 passed, 77 a C++ test that this machine cannot run."""
+    if name := ctest_name(tests):
+        program = COPY / "build" / "cpp" / "tests" / "cpp" / f"test_{name}"
+        return subprocess.run([program], capture_output=True).returncode
     env = os.environ | {"PYTHONPATH": str(COPY / "python"), "FOLDSCAN_ISA": ""}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
-    return subprocess.run(command, cwd=COPY, env=env, capture_output=True).returncode == 0
+    return subprocess.run(command, cwd=COPY, env=env, capture_output=True).returncode
+
+
+def source_of(tests: str) -> str:
+    if ctest_name(tests):
+        paths = sorted((ROOT / "tests" / "cpp").iterdir())
+    else:
+        paths = [ROOT / t.split("::")[0] for t in tests.split()]
+    return "".join(path.read_text() for path in paths)
 
 
 def main() -> int:
@@ -91,10 +114,14 @@ def main() -> int:
     isa = _native.capabilities()["isa"]
     done: dict[str, bool] = json.loads(DONE.read_text()) if DONE.exists() else {}
     copy_tree()
-    if not build(isa):
-        raise SystemExit(f"the unchanged tree does not build in {COPY}")
     for tests in sorted({f["test"] for f in faults}):
-        if not tests_pass(tests):
+        if not build(isa, tests):
+            raise SystemExit(f"the unchanged tree does not build in {COPY}")
+        code = run_tests(tests)
+        if code == SKIPPED:
+            print(f"{tests} cannot run on this machine: its faults are left out")
+            faults = [f for f in faults if f["test"] != tests]
+        elif code != 0:
             raise SystemExit(f"{tests} fails on the unchanged tree")
     survivors = []
     console = Console()
@@ -102,12 +129,11 @@ def main() -> int:
         task = progress.add_task("faults", total=len(faults))
         for fault in faults:
             clean = (ROOT / fault["file"]).read_text()
-            test_text = "".join((ROOT / t.split("::")[0]).read_text() for t in fault["test"].split())
-            key = hashlib.sha256(json.dumps([fault, clean, test_text]).encode()).hexdigest()
+            key = hashlib.sha256(json.dumps([fault, clean, source_of(fault["test"])]).encode()).hexdigest()
             if key not in done:
                 (COPY / fault["file"]).write_text(clean.replace(fault["find"], fault["replace"]))
                 # A fault that does not compile proves nothing: it counts as surviving.
-                done[key] = build(isa) and not tests_pass(fault["test"])
+                done[key] = build(isa, fault["test"]) and run_tests(fault["test"]) != 0
                 (COPY / fault["file"]).write_text(clean)
                 DONE.write_text(json.dumps(done))
             if not done[key]:

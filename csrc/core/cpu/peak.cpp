@@ -41,6 +41,18 @@ void run_peak(const Peak& p) {
   *p.flops = 2.0 * static_cast<double>(p.iterations) * kAcc * kLanes * kK<T>;
 }
 
+#ifdef __AMX_BF16__
+// A round is one product of tiles; four accumulators cover its latency.
+template <>
+void run_peak<bf16>(const Peak& p) {
+  need_tile_shapes({kMRPairs, 0});
+  for (int64_t i = 0; i < p.iterations; i += kNV)
+    each_tile<kNV>([](auto tile) FOLDSCAN_LAMBDA { Tiles::dot<tile.value, kTileA, kTileB>(); });
+  release_tiles();
+  *p.flops = 2.0 * static_cast<double>(round_up(p.iterations, kNV)) * kMRPairs * kLanes * kPairsAtOnce * 2;
+}
+#endif
+
 template <class T>
 void run_gemm(const Gemm& p) {
   Scratch scratch;

@@ -93,9 +93,9 @@ class ChunkAdjoint {
     gemm_tiles<T>(q, P, N, B.p, B.ld, g_op.p, g_op.ldb, g_op.panel, gb, ld, false,
                   [&](int64_t m) FOLDSCAN_LAMBDA { out.template fetch<true>(m, m + kTileMR<T>); });
     const auto dy_op = rows_operand<T>(dy, ld, q, P, inner);
-    for (int64_t s = 0; s < q; s += 4 * kMR)  // row s has nothing before l = s
-      gemm_block<T>(imin(4 * kMR, q - s), P, q - s, scores + s * kChunk + s, kChunk, kK<T>, dy_op.from(s), dy_op.ldb,
-                    dy_op.panel, br + s * ld, ld, false);
+    for (int64_t s = 0; s < q; s += kCausalRows<T>)  // row s has nothing before l = s
+      gemm_block<T>(imin(kCausalRows<T>, q - s), P, q - s, scores + s * kChunk + s, kChunk, kK<T>, dy_op.from(s),
+                    dy_op.ldb, dy_op.panel, br + s * ld, ld, false);
     alignas(64) float direct[kChunk], u[kChunk], v[kChunk];
     input_gradient(j, direct, u);
     output_gradient(j, state, v);
@@ -130,7 +130,7 @@ class ChunkAdjoint {
   void finish() {
     T* m = scratch.get<T>(kChunk * kChunk);
     for (int64_t i = 0; i < q; ++i) copy_row(m_sum + i * kChunk, kChunk, m + i * kChunk, kChunk);
-    constexpr int64_t block = 4 * kMR, ldb = kNR * kK<T>;
+    constexpr int64_t block = kCausalRows<T>, ldb = kNR * kK<T>;
     const int64_t panel = b_panel_size<T>(q);
     for (int64_t s = 0; s < q; s += block)
       gemm_block<T>(imin(block, q - s), N, q - s, m + s * kChunk + s, kChunk, kK<T>, packed_c + s * kNR, ldb, panel,

@@ -24,6 +24,10 @@ using namespace foldscan::ssm;
 constexpr int64_t kVecs = kChunk / kLanes;
 constexpr float kTiny = 1e-30f;  // decays below are cut to zero: denormals are slow and mean nothing here
 
+// Rows of a block of a causal product, each block as wide as its last row needs: about 24, whole register tiles.
+template <class T>
+constexpr int64_t kCausalRows = (4 * kMR + kTileMR<T> - 1) / kTileMR<T> * kTileMR<T>;
+
 // A block of rows that a GEMM can read as A: row-major, pairs complete.
 template <class T>
 struct Rows {
@@ -154,9 +158,8 @@ FOLDSCAN_INLINE GroupChunk<T> group_chunk(Rows<T> B, Rows<T> C, int64_t r0, int6
       for (int64_t s = q; s < kChunk; ++s) g.b_columns[n * kChunk + s] = from_float<T>(0.0f);
   T* packed = scratch.get<T>(b_packed_size<T>(N, kChunk));
   pack_b_cols(B.p, B.ld, N, q, packed);
-  // Row blocks, each as wide as its last row needs.
-  for (int64_t l = r0; l < q; l += 4 * kMR) {
-    const int64_t rows = imin(4 * kMR, q - l);
+  for (int64_t l = r0; l < q; l += kCausalRows<T>) {
+    const int64_t rows = imin(kCausalRows<T>, q - l);
     gemm_block<T>(rows, l + rows, N, C.p + (l - r0) * C.ld, C.ld, kK<T>, packed, kNR * kK<T>, b_panel_size<T>(N),
                   g.cb + l * kChunk, kChunk, false);
   }
@@ -200,7 +203,7 @@ FOLDSCAN_INLINE void chunk_output(const GroupChunk<T>& g, Rows<T> C, const T* x,
 
   T* scores = scratch.get<T>(rows * kChunk);
   for (int64_t l = r0; l < q; ++l)
-    for (int64_t v = 0, end = imin(kChunk, l - (l - r0) % (4 * kMR) + 4 * kMR); v < end; v += kLanes) {
+    for (int64_t v = 0, end = imin(kChunk, l - (l - r0) % kCausalRows<T> + kCausalRows<T>); v < end; v += kLanes) {
       // Lanes beyond l of cb are not initialised: select, do not multiply by the zero decay.
       const VF wv = VF::load(w + l * kChunk + v);
       const VF cb = select(VF::zero() < wv, VF::load(g.cb + l * kChunk + v), VF::zero());
@@ -208,8 +211,8 @@ FOLDSCAN_INLINE void chunk_output(const GroupChunk<T>& g, Rows<T> C, const T* x,
     }
   T* packed_x = scratch.get<T>(b_packed_size<T>(q, P));
   pack_b_rows(x, x_stride, q, P, packed_x);
-  for (int64_t l = r0; l < q; l += 4 * kMR) {
-    const int64_t n = imin(4 * kMR, q - l);
+  for (int64_t l = r0; l < q; l += kCausalRows<T>) {
+    const int64_t n = imin(kCausalRows<T>, q - l);
     gemm_block<T>(n, P, l + n, scores + (l - r0) * kChunk, kChunk, kK<T>, packed_x, kNR * kK<T>, b_panel_size<T>(q),
                   y + (l - r0) * ld_y, ld_y, true);
   }

@@ -70,10 +70,12 @@ def versions() -> dict[str, str]:
 
 def circumstances(device: str = "cpu") -> dict[str, Any]:
     """Where and with what a run was made; part of every row."""
+    facts = info.report()
+    isa = facts["isa"] + (", tiles in software" if facts["software_tiles"] else "")
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "isa": info.report()["isa"] if device == "cpu" else "",
+        "isa": isa if device == "cpu" else "",
         "versions": versions(),
         "commit": commit(),
     }

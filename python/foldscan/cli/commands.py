@@ -23,6 +23,8 @@ def info(arguments: argparse.Namespace) -> None:
         return
     width = max(len(str(k)) for k in facts)
     for key, value in facts.items():
+        if isinstance(value, dict):
+            value = [f"{name} ({why})" for name, why in value.items()]
         text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
         print(f"{key:<{width}}  {text}")
 
