@@ -241,8 +241,8 @@ class ChunkAdjoint {
     pack_b_cols(state, ld, P, N, columns);
     alignas(64) float tile[kTileMR<T> * kNR];
     gemm_run<T>(
-        q, N, P, decayed, ld, kK<T>, columns, b_panel_size<T>(P), tile, kNR, true, Into::kSet, nullptr,
-        [](int64_t, int64_t) {},
+        q, N, P, decayed, ld, kK<T>, [&](int64_t n) { return columns + n / kNR * b_panel_size<T>(P); }, tile, kNR, true,
+        Into::kSet, nullptr, [](int64_t, int64_t) {},
         [&](int64_t n, int64_t m, int64_t rows, int64_t width, const float* values) FOLDSCAN_LAMBDA {
           for (int64_t r = 0; r < rows; ++r) {
             float* sum = dc + (m + r) * ld_n + n;
