@@ -65,6 +65,17 @@ FOLDSCAN_INLINE MW operator<(const VW& a, const VW& b) {
   for (int i = 0; i < kWide; ++i) r.m[i] = a.v[i] < b.v[i];
   return r;
 }
+FOLDSCAN_INLINE MW operator==(const VW& a, const VW& b) {
+  MW r;
+#pragma GCC unroll 4
+  for (int i = 0; i < kWide; ++i) r.m[i] = a.v[i] == b.v[i];
+  return r;
+}
+// A running sum of what each_vector visits: whole VWs, then VFs in the first of the four.
+FOLDSCAN_INLINE void add_to(VW& sum, const VW& x) { sum = sum + x; }
+FOLDSCAN_INLINE void add_to(VW& sum, VF x) { sum.v[0] = sum.v[0] + x; }
+FOLDSCAN_INLINE float reduce_add(const VW& a) { return reduce_add((a.v[0] + a.v[1]) + (a.v[2] + a.v[3])); }
+FOLDSCAN_INLINE float reduce_max(const VW& a) { return reduce_max(vmax(vmax(a.v[0], a.v[1]), vmax(a.v[2], a.v[3]))); }
 // n elements at p as a V: all kWide * kLanes of a VW, up to kLanes of a VF with zeros beyond.
 template <class V, class T>
 FOLDSCAN_INLINE V load_as(const T* p, int64_t n) {

@@ -24,14 +24,24 @@ constexpr int64_t kGradCols = kNR >= 128 ? kNR : 128;  // columns of H in a task
 constexpr int64_t kRowGroup = 512;
 static_assert(kMC % kLanes == 0);
 
+constexpr int64_t kRowsAhead = 16;  // short pieces of rows, too far apart for the hardware to foresee
+
 // Rows of dlogits or hidden as a panel of kWidth columns (kNR: the layout of pack_b_rows); row(k) points to the first
 // of `width` elements.
 template <class T, int64_t kWidth, class Row>
 void pack_panel(const Row& row, int64_t K, int64_t width, T* d) {
+  const auto ahead = [&](int64_t k) FOLDSCAN_LAMBDA {
+    if (k < K) fetch_ahead(row(k), width * static_cast<int64_t>(sizeof(T)));
+  };
   if constexpr (sizeof(T) == 4) {
-    for (int64_t k = 0; k < K; ++k, d += kWidth) copy_row(row(k), width, d, kWidth);
+    for (int64_t k = 0; k < K; ++k, d += kWidth) {
+      ahead(k + kRowsAhead);
+      copy_row(row(k), width, d, kWidth);
+    }
   } else {
     for (int64_t k = 0; k < K; k += 2, d += 2 * kWidth) {
+      ahead(k + kRowsAhead);
+      ahead(k + kRowsAhead + 1);
       const T* p = row(k);
       const T* q = k + 1 < K ? row(k + 1) : nullptr;
       int64_t i = 0;
@@ -54,32 +64,19 @@ void pack_panel(const Row& row, int64_t K, int64_t width, T* d) {
 // column of zeros in dlogits.
 template <class T>
 void accumulate_dhidden(const Head& head, int64_t n, int64_t v, int64_t cols, const T* dlogits, int64_t ld, float* dh) {
-  constexpr int64_t step = kKL1 * kK<T>;
   const int64_t H = head.H, blocks = ceil_div(H, kGradCols);
-  int64_t chunk = kChunkRows;
-  while (chunk > kMC && ceil_div(n, chunk) * blocks < 2 * num_threads()) chunk /= 2;
-  const int64_t chunks = ceil_div(n, chunk);
+  const int64_t chunk = task_rows(n, blocks), chunks = ceil_div(n, chunk);
   parallel_for(chunks * blocks, 1, [&](int64_t task) {
     const int64_t r0 = task / blocks * chunk, count = imin(chunk, n - r0);
     const int64_t h = task % blocks * kGradCols, width = imin(kGradCols, H - h);
     Scratch scratch;
     T* panels = scratch.get<T>(b_packed_size<T>(kVocabGroup, kGradCols));
-    float* c = scratch.get<float>(kMC * kGradCols);
     for (int64_t g = 0; g < cols; g += kVocabGroup) {
       const int64_t K = imin(kVocabGroup, cols - g);
       pack_weight(head, (v + g) * head.weight_stride + h, head.weight_stride, 1, K, width, panels);
-      for (int64_t r = r0; r < r0 + count; r += kMC) {
-        const int64_t m = imin(kMC, r0 + count - r);
-        for (int64_t k = 0; k < K; k += step)
-          gemm_block<T>(m, width, imin(step, K - k), dlogits + r * ld + g + k, ld, kK<T>, panels + k * kNR, kNR * kK<T>,
-                        b_panel_size<T>(K), c, kGradCols, k > 0);
-        for (int64_t i = 0; i < m; ++i)
-          for (int64_t j = 0; j < width; j += kLanes) {
-            float* d = dh + (r + i) * H + h + j;
-            const VF sum = load_upto(d, width - j) + load_upto(c + i * kGradCols + j, width - j);
-            store_upto(sum, d, width - j);
-          }
-      }
+      for (int64_t r = r0; r < r0 + count; r += kMC)
+        gemm_run<T>(imin(kMC, r0 + count - r), width, K, dlogits + r * ld + g, ld, kK<T>, panels, b_panel_size<T>(K),
+                    dh + r * H + h, H, Into::kAdd, panels);
     }
   });
 }
@@ -88,7 +85,6 @@ void accumulate_dhidden(const Head& head, int64_t n, int64_t v, int64_t cols, co
 template <class T>
 void store_dweight(const Head& head, const HeadGradient& grad, int64_t n, int64_t v, int64_t cols, const T* dlogits,
                    int64_t ld) {
-  constexpr int64_t step = kKL1 * kK<T>;
   const int64_t H = head.H, panel = b_panel_size<T>(n);
   const T* x = static_cast<const T*>(grad.x_packed);
   parallel_for(ceil_div(cols, kMC), 1, [&](int64_t task) {
@@ -103,21 +99,14 @@ void store_dweight(const Head& head, const HeadGradient& grad, int64_t n, int64_
     if (!grad.dweight) return;
     Scratch scratch;
     T* a = scratch.get<T>(round_up(n, kK<T>) * kMC);
-    float* c = scratch.get<float>(kMC * kGradCols);
     float* sum = scratch.get<float>(kMC * kGradCols);
     pack_panel<T, kMC>([&](int64_t r) { return dlogits + r * ld + p; }, n, rows, a);
     for (int64_t h = 0; h < H; h += kGradCols) {
       const int64_t width = imin(kGradCols, H - h);
       for (int64_t g = 0; g < n; g += kRowGroup) {
-        const int64_t end = imin(n, g + kRowGroup);
-        for (int64_t k = g; k < end; k += step)
-          gemm_block<T>(rows, width, imin(step, end - k), a + k * kMC, kK<T>, kMC * kK<T>,
-                        x + h / kNR * panel + k * kNR, kNR * kK<T>, panel, c, kGradCols, k > g);
-        for (int64_t i = 0; i < rows; ++i)
-          for (int64_t j = i * kGradCols; j < i * kGradCols + width; j += kLanes) {
-            const VF part = load_upto(c + j, i * kGradCols + width - j);
-            (g > 0 ? VF::load(sum + j) + part : part).store(sum + j);
-          }
+        const T* b = x + h / kNR * panel + g * kNR;
+        gemm_run<T>(rows, width, imin(kRowGroup, n - g), a + g * kMC, kK<T>, kMC * kK<T>, b, panel, sum, kGradCols,
+                    g > 0 ? Into::kAdd : Into::kSet, b + kRowGroup * kNR);
       }
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = (v + p + i) * H + h;
@@ -165,12 +154,12 @@ void head_gradient(const Head& head, const HeadGradient& grad, const int64_t* ro
   const int64_t wave = foldscan::losses::wave_columns(N, V, head.type);
   const int64_t ld = foldscan::losses::wave_stride(N, V, head.type);
   T* dlogits = static_cast<T*>(grad.dlogits);
-  const int64_t chunks = ceil_div(n, kChunkRows);
   for (int64_t v = 0; v < V; v += wave) {
-    const int64_t cols = imin(wave, V - v);
-    parallel_for(ceil_div(cols, kVocabBlock) * chunks, 1, [&](int64_t task) {
-      const int64_t c = task / chunks * kVocabBlock, r = task % chunks * kChunkRows;
-      const int64_t count = imin(kChunkRows, n - r), width = imin(kVocabBlock, cols - c);
+    const int64_t cols = imin(wave, V - v), blocks = ceil_div(cols, kVocabBlock);
+    const int64_t chunk = task_rows(n, blocks), chunks = ceil_div(n, chunk);
+    parallel_for(blocks * chunks, 1, [&](int64_t task) {
+      const int64_t c = task / chunks * kVocabBlock, r = task % chunks * chunk;
+      const int64_t count = imin(chunk, n - r), width = imin(kVocabBlock, cols - c);
       T* to = dlogits + r * ld + c;
       fill(r, count, v + c, width, to, ld);
       if (width % 2 == 1)

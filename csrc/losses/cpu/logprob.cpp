@@ -6,7 +6,7 @@
 //          + p_j (-dentropy s_j + dvarentropy (s_j^2 + 2 s_j - varentropy)),      s_j = log p_j + entropy
 //
 // FLOPs: 2 n H V forward, 6 n H V backward. Bytes: the weights once forward, twice backward; memory is O(n) forward.
-// Numerics: logits and their gradients in fp32 (bf16 only as operands of a product), sums of a block of 256 in fp32,
+// Numerics: logits and their gradients in fp32 (bf16 only as operands of a product), sums of a block of 512 in fp32,
 //   merged over blocks in fp64. For the target p - 1 is expm1(logp), with logp from log1p: exact in the tail where
 //   1 - p would be 0. Determinism: see vocab.h and backward.h.
 // Sources: arXiv:2411.09009 (recomputation in tiles); the entropy terms follow from d p_j = p_j (dz_j - sum p dz).
@@ -50,8 +50,9 @@ void run_stats(const Stats& p) {
         logit_tiles<T, 1>(heads, rows.index, r0, count, v, cols, [&](int64_t r, int64_t m, float* const(&z)[1]) {
           for (int64_t i = 0; i < m; ++i) {
             const float* row = z[0] + i * kVocabBlock;
-            VF sum = VF::zero();
-            for (int64_t j = 0; j < cols; j += kLanes) sum = sum + load_upto(row + j, cols - j);
+            VW sum = VW::zero();
+            each_vector(cols, [&](auto tag, int64_t j, int64_t left)
+                                  FOLDSCAN_LAMBDA { add_to(sum, load_as<decltype(tag)>(row + j, left)); });
             partial[slot * n + r + i] = {block_sums(row, cols, p.moments), reduce_add(sum)};
             const int64_t y = p.targets[rows.index[r + i]] - v;
             if (y >= 0 && y < cols) target_logit[r + i] = row[y];
@@ -97,18 +98,18 @@ void run_stats_backward(const StatsBackward& p) {
             const float g = p.dlogp[i], w = p.dvarentropy[i];
             const float base = p.dlse[i] - w * p.varentropy[i], slope = 2.0f * w - p.dentropy[i], lift = p.dzsum[i];
             const bool moments = slope != 0.0f || w != 0.0f;
-            const VF lse = VF::set(p.lse[i]), entropy = VF::set(p.entropy[i]);
-            for (int64_t j = 0; j < cols; j += kLanes) {
-              const VF x = load_upto(row + j, cols - j), t = x - lse;
-              VF f = VF::set(base - g);
+            each_vector(cols, [&](auto tag, int64_t j, int64_t left) FOLDSCAN_LAMBDA {
+              using V = decltype(tag);
+              const V x = load_as<V>(row + j, left), t = x - V::set(p.lse[i]);
+              V f = V::set(base - g);
               if (moments) {
-                const VF s = vmax(VF::set(kFarBelow), t) + entropy;
-                f = fma(s, fma(VF::set(w), s, VF::set(slope)), f);
+                const V s = vmax(V::set(kFarBelow), t) + V::set(p.entropy[i]);
+                f = fma(s, fma(V::set(w), s, V::set(slope)), f);
               }
               // log p: above 0 by rounding only.
-              const VF dz = fma(vexp_neg(vmin(VF::zero(), t)), f, VF::set(lift));
-              store_upto(through_cap(head, x, dz), out + j, cols - j);
-            }
+              const V dz = fma(vexp_neg(vmin(V::zero(), t)), f, V::set(lift));
+              store_upto(through_cap(head, x, dz), out + j, left);
+            });
             const int64_t y = p.targets[i] - v;
             if (y < 0 || y >= cols) continue;
             const float logp = p.logp[i], s = logp + p.entropy[i];

@@ -15,8 +15,15 @@ namespace foldscan::FOLDSCAN_ISA::losses {
 using foldscan::losses::Head;
 
 constexpr int64_t kVocabBlock = 512;
-constexpr int64_t kChunkRows = 8 * kMC;
+constexpr int64_t kChunkRows = 24 * kMC;
 static_assert(kVocabBlock % kNR == 0 && foldscan::losses::kVocabGroup % kVocabBlock == 0);
+
+// Rows of a task where each chunk of rows makes `others` tasks: many, for each task packs its weights, but so that
+// every thread gets a few tasks.
+inline int64_t task_rows(int64_t n, int64_t others) {
+  const int64_t busy = imin(ceil_div(4 * num_threads(), imax(others, 1)), ceil_div(n, kMC));
+  return round_up(ceil_div(imax(n, 1), imax(1, imax(busy, ceil_div(n, kChunkRows)))), kMC);
+}
 
 constexpr float kInfinity = __builtin_inff();
 // Below this, exp is 0 and a finite factor keeps it so.
@@ -37,6 +44,7 @@ FOLDSCAN_INLINE VF vexpm1_neg(VF x) {
 
 // z = cap(acc + bias) / temperature, in place.
 FOLDSCAN_INLINE void finish_logits(const Head& head, float* c, const float* bias, int64_t cols) {
+  if (!bias && !(head.softcap > 0.0f) && head.inv_temperature == 1.0f) return;
   const VF inv_cap = VF::set(head.softcap > 0.0f ? 1.0f / head.softcap : 0.0f), cap = VF::set(head.softcap);
   const VF inv_t = VF::set(head.inv_temperature);
   for (int64_t j = 0; j < cols; j += kLanes) {
@@ -48,28 +56,28 @@ FOLDSCAN_INLINE void finish_logits(const Head& head, float* c, const float* bias
 }
 
 // From a gradient with respect to z to one with respect to acc.
-FOLDSCAN_INLINE VF through_cap(const Head& head, VF z, VF dz) {
+template <class V>
+FOLDSCAN_INLINE V through_cap(const Head& head, V z, V dz) {
   if (head.softcap > 0.0f) {
-    const VF t = z * VF::set(1.0f / (head.softcap * head.inv_temperature));
-    dz = dz * fnma(t, t, VF::set(1.0f));
+    const V t = z * V::set(1.0f / (head.softcap * head.inv_temperature));
+    dz = dz * fnma(t, t, V::set(1.0f));
   }
-  return dz * VF::set(head.inv_temperature);
+  return dz * V::set(head.inv_temperature);
 }
 
 // C (rows x cols, row length ldc) = A B for packed panels b of K rows; A through load_a. a: kMC * (kKC + 2).
 template <class T, class LoadA>
 void block_product(int64_t r, int64_t rows, int64_t cols, int64_t K, const LoadA& load_a, const T* b, T* a, float* c,
                    int64_t ldc) {
-  constexpr int64_t lda = kKC + 2, step = kKL1 * kK<T>;
-  const int64_t panel = b_panel_size<T>(K);
-  if (K == 0) gemm_block<T>(rows, cols, 0, a, lda, kK<T>, b, kNR * kK<T>, panel, c, ldc, false);
-  for (int64_t k = 0; k < K; k += kKC) {
+  constexpr int64_t lda = kKC + 2;
+  int64_t k = 0;
+  do {
     const int64_t kc = imin(kKC, K - k);
     load_a(r, rows, k, kc, a, lda);
-    for (int64_t s = 0; s < kc; s += step)
-      gemm_block<T>(rows, cols, imin(step, kc - s), a + s, lda, kK<T>, b + (k + s) * kNR, kNR * kK<T>, panel, c, ldc,
-                    k + s > 0);
-  }
+    gemm_run<T>(rows, cols, kc, a, lda, kK<T>, b + k * kNR, b_panel_size<T>(K), c, ldc,
+                k > 0 ? Into::kContinue : Into::kSet, k + kc < K ? b + (k + kc) * kNR : b);
+    k += kc;
+  } while (k < K);
 }
 
 // Packs (k, n) -> weight[v + n][k] (columns of the vocabulary) or weight[v + k][n] (rows), of either weight type.
@@ -146,27 +154,45 @@ FOLDSCAN_INLINE VF load_logits(const float* z, int64_t left) {
   const VF v = load_upto(z, left);
   return left < kLanes ? select(VM::first(static_cast<int>(left)), v, VF::set(-kInfinity)) : v;
 }
+template <class V>
+FOLDSCAN_INLINE V load_logits_as(const float* z, int64_t left) {
+  if constexpr (sizeof(V) == sizeof(VW)) {
+    return VW::load(z);
+  } else {
+    return load_logits(z, left);
+  }
+}
+
+FOLDSCAN_INLINE float block_max(const float* z, int64_t cols) {
+  VW top = VW::set(-kInfinity);
+  each_vector(cols, [&](auto tag, int64_t j, int64_t left) FOLDSCAN_LAMBDA {
+    if constexpr (sizeof(tag) == sizeof(VW)) {
+      top = vmax(top, VW::load(z + j));
+    } else {
+      top.v[0] = vmax(top.v[0], load_logits(z + j, left));
+    }
+  });
+  return reduce_max(top);
+}
 
 // Maximum and rest of one block of a row; the moments too, if wanted.
 FOLDSCAN_INLINE Sums block_sums(const float* z, int64_t cols, bool moments) {
-  VF top = VF::set(-kInfinity);
-  for (int64_t j = 0; j < cols; j += kLanes) top = vmax(top, load_logits(z + j, cols - j));
-  const float m = reduce_max(top);
+  const float m = block_max(z, cols);
   if (m == -kInfinity) return Sums::none();
-  const VF max = VF::set(m), one = VF::set(1.0f);
-  VF rest = VF::zero(), equal = VF::zero(), first = VF::zero(), second = VF::zero();
-  for (int64_t j = 0; j < cols; j += kLanes) {
-    const VF x = load_logits(z + j, cols - j), d = x - max;
-    const VF e = vexp_neg(d);
-    const VM is_max = x == max;
-    equal = equal + select(is_max, one, VF::zero());
-    rest = rest + select(is_max, VF::zero(), e);
+  VW rest = VW::zero(), equal = VW::zero(), first = VW::zero(), second = VW::zero();
+  each_vector(cols, [&](auto tag, int64_t j, int64_t left) FOLDSCAN_LAMBDA {
+    using V = decltype(tag);
+    const V x = load_logits_as<V>(z + j, left), max = V::set(m), d = x - max;
+    const V e = vexp_neg(d);
+    const auto is_max = x == max;
+    add_to(equal, select(is_max, V::set(1.0f), V::zero()));
+    add_to(rest, select(is_max, V::zero(), e));
     if (moments) {
-      const VF bounded = vmax(VF::set(kFarBelow), d), ed = e * bounded;
-      first = first + ed;
-      second = fma(ed, bounded, second);
+      const V bounded = vmax(V::set(kFarBelow), d), ed = e * bounded;
+      add_to(first, ed);
+      add_to(second, ed * bounded);
     }
-  }
+  });
   return {m, static_cast<double>(reduce_add(rest)) + (static_cast<double>(reduce_add(equal)) - 1.0), reduce_add(first),
           reduce_add(second)};
 }
@@ -175,12 +201,12 @@ FOLDSCAN_INLINE Sums block_sums(const float* z, int64_t cols, bool moments) {
 // wave. How many blocks make a wave is a matter of memory only, because rows merge blocks in order.
 template <class Block, class Merge>
 void for_waves(int64_t n, int64_t V, int64_t H, int64_t wave, const Block& block, const Merge& merge_row) {
-  const int64_t blocks = ceil_div(V, kVocabBlock), chunks = ceil_div(n, kChunkRows);
+  const int64_t blocks = ceil_div(V, kVocabBlock);
   for (int64_t b0 = 0; b0 < blocks; b0 += wave) {
-    const int64_t nb = imin(wave, blocks - b0);
+    const int64_t nb = imin(wave, blocks - b0), rows = task_rows(n, nb), chunks = ceil_div(n, rows);
     parallel_for(nb * chunks, grain_for(kVocabBlock * H), [&](int64_t task) {
-      const int64_t b = b0 + task / chunks, r = task % chunks * kChunkRows, v = b * kVocabBlock;
-      block(v, imin(kVocabBlock, V - v), r, imin(kChunkRows, n - r), b - b0);
+      const int64_t b = b0 + task / chunks, r = task % chunks * rows, v = b * kVocabBlock;
+      block(v, imin(kVocabBlock, V - v), r, imin(rows, n - r), b - b0);
     });
     parallel_for(n, grain_for(nb * 64), [&](int64_t r) { merge_row(r, nb); });
   }
