@@ -10,7 +10,7 @@ void run_update(const ConvUpdate& p) {
   Scratch scratch;
   const Taps taps = make_taps(p.weight, p.bias, p.D, W, scratch);
   const int64_t d_blocks = ceil_div(p.D, kConvChannels);
-  parallel_for(p.batch * d_blocks, grain_for(kConvChannels * p.tokens * 32), [&](int64_t task) {
+  parallel_for(p.batch * d_blocks, grain_for(kConvChannels * p.tokens * 8), [&](int64_t task) {
     const int64_t b = task / d_blocks, d0 = task % d_blocks * kConvChannels, width = imin(kConvChannels, p.D - d0);
     const int64_t slot = p.slots ? p.slots[b] : b;
     Scratch inner;
@@ -44,6 +44,8 @@ void run_update(const ConvUpdate& p) {
                        Channels<float>{out, kConvChannels});
     unstage(out, p.tokens, 0, p.tokens, d0, p.D, y, out_strides);
     // A ring takes the new tokens at the write position; otherwise the state shifts left.
+    if (!p.cache_seqlens && p.state_len == past && p.state_strides[2] == 1)
+      return transpose_copy(in + p.tokens * kConvChannels, kConvChannels, past, width, state, p.state_strides[1]);
     for (int64_t c = 0; c < width; ++c) {
       T* row = state + c * p.state_strides[1];
       if (p.cache_seqlens) {

@@ -145,17 +145,19 @@ FOLDSCAN_INLINE void fill_decay_columns(float A, int64_t q, Decay& d, float* wt)
 template <class T>
 struct GroupChunk {
   float* cb;     // C_l . B_s for rows [r0, q), stride kChunk
-  T* b_columns;  // B^T: (N, kChunk), zero beyond q
+  T* b_columns;  // B^T: (N, kChunk), zero beyond q; null where no state is asked for
 };
 
-// B: q rows; C: rows r0.. q (C.p points at row r0).
+// B: q rows; C: rows r0.. q (C.p points at row r0). with_state: chunk_state will be called.
 template <class T>
-FOLDSCAN_INLINE GroupChunk<T> group_chunk(Rows<T> B, Rows<T> C, int64_t r0, int64_t q, int64_t N, Scratch& scratch) {
-  GroupChunk<T> g{scratch.get<float>(kChunk * kChunk), scratch.get<T>(N * kChunk)};
-  transpose_copy(B.p, B.ld, q, N, g.b_columns, kChunk);
-  if (q < kChunk)
+FOLDSCAN_INLINE GroupChunk<T> group_chunk(Rows<T> B, Rows<T> C, int64_t r0, int64_t q, int64_t N, bool with_state,
+                                          Scratch& scratch) {
+  GroupChunk<T> g{scratch.get<float>(kChunk * kChunk), with_state ? scratch.get<T>(N * kChunk) : nullptr};
+  if (with_state) {
+    transpose_copy(B.p, B.ld, q, N, g.b_columns, kChunk);
     for (int64_t n = 0; n < N; ++n)
       for (int64_t s = q; s < kChunk; ++s) g.b_columns[n * kChunk + s] = from_float<T>(0.0f);
+  }
   T* packed = scratch.get<T>(b_packed_size<T>(N, kChunk));
   pack_b_cols(B.p, B.ld, N, q, packed);
   for (int64_t l = r0; l < q; l += kCausalRows<T>) {
@@ -184,6 +186,34 @@ FOLDSCAN_INLINE RowsOperand<T> rows_operand(const S* rows, int64_t ld, int64_t K
   }
 }
 
+// The last row of a chunk of q: the chains of chunk_output's two products, with the state and the rows of x read where
+// they lie. For one row, packing them would take longer than multiplying.
+FOLDSCAN_INLINE void output_row(const bf16* decayed_c, const bf16* scores, const float* state, int64_t ld_state,
+                                const bf16* x, int64_t x_stride, int64_t q, int64_t N, int64_t P, float* y) {
+  using X = Tile<bf16>;
+  for (int64_t i = 0; i < P; i += kNR) {
+    const int64_t vectors = ceil_div(imin(kNR, P - i), kLanes);
+    VF sum[kNV];
+    for (auto& s : sum) s = VF::zero();
+    for (int64_t n = 0; n < N; n += 2) {
+      const float* low = state + n * ld_state + i;
+      for (int64_t v = 0; v < vectors; ++v, low += kLanes) {
+        const VF high = n + 1 < N ? VF::load(low + ld_state) : VF::zero();
+        sum[v] = X::mul_add(X::broadcast(decayed_c + n), VP::zip(VF::load(low), high), sum[v]);
+      }
+    }
+    for (int64_t s = 0; s < q; s += 2) {
+      const bf16* row = x + s * x_stride + i;
+      for (int64_t v = 0; v < vectors; ++v, row += kLanes) {
+        const int width = static_cast<int>(imin(kLanes, P - i - v * kLanes));
+        const VP pair = VP::interleave(row, s + 1 < q ? row + x_stride : nullptr, width);
+        sum[v] = X::mul_add(X::broadcast(scores + s), pair, sum[v]);
+      }
+    }
+    for (int64_t v = 0; v < vectors; ++v) sum[v].store(y + i + v * kLanes);
+  }
+}
+
 // y (rows r0.. q, stride ld_y) before the D term and the gate. x: q rows of P.
 template <class T>
 FOLDSCAN_INLINE void chunk_output(const GroupChunk<T>& g, Rows<T> C, const T* x, int64_t x_stride, const Decay& d,
@@ -197,10 +227,6 @@ FOLDSCAN_INLINE void chunk_output(const GroupChunk<T>& g, Rows<T> C, const T* x,
     for (int64_t n = 0; n < ld_c; n += kLanes)
       store_upto(load_upto(C.p + i * C.ld + n, N - n) * p, decayed_c + i * ld_c + n, ld_c - n);
   }
-  const auto s = rows_operand<T>(state, ld_state, N, P, scratch);
-  gemm_tiles<T>(rows, P, N, decayed_c, ld_c, s.p, s.ldb, s.panel, y, ld_y, false,
-                [&](int64_t m) FOLDSCAN_LAMBDA { out.template fetch<true>(m, m + kTileMR<T>); });
-
   T* scores = scratch.get<T>(rows * kChunk);
   for (int64_t l = r0; l < q; ++l)
     for (int64_t v = 0, end = imin(kChunk, l - (l - r0) % kCausalRows<T> + kCausalRows<T>); v < end; v += kLanes) {
@@ -209,6 +235,12 @@ FOLDSCAN_INLINE void chunk_output(const GroupChunk<T>& g, Rows<T> C, const T* x,
       const VF cb = select(VF::zero() < wv, VF::load(g.cb + l * kChunk + v), VF::zero());
       (cb * wv * VF::load(d.delta + v)).store(scores + (l - r0) * kChunk + v);
     }
+  if constexpr (sizeof(T) == 2 && kPairsAtOnce == 1)
+    if (rows == 1) return output_row(decayed_c, scores, state, ld_state, x, x_stride, q, N, P, y);
+
+  const auto s = rows_operand<T>(state, ld_state, N, P, scratch);
+  gemm_tiles<T>(rows, P, N, decayed_c, ld_c, s.p, s.ldb, s.panel, y, ld_y, false,
+                [&](int64_t m) FOLDSCAN_LAMBDA { out.template fetch<true>(m, m + kTileMR<T>); });
   T* packed_x = scratch.get<T>(b_packed_size<T>(q, P));
   pack_b_rows(x, x_stride, q, P, packed_x);
   for (int64_t l = r0; l < q; l += kCausalRows<T>) {

@@ -57,7 +57,7 @@ void run_sequence(const ScanExtend& p, int64_t i, int64_t g, int64_t h0, int64_t
     Scratch chunk;
     const auto rows = gather<T>(p, slot, t, offset, q, g, h0, heads, chunk);
     const auto C = as_rows(static_cast<const T*>(in.C) + t * in.C_stride + g * N, in.C_stride, added, N, chunk);
-    const GroupChunk<T> group = group_chunk(rows.B, C, offset, q, N, chunk);
+    const GroupChunk<T> group = group_chunk(rows.B, C, offset, q, N, q == kChunk, chunk);
     for (int64_t j = 0; j < heads; ++j) {
       const int64_t h = h0 + j;
       const T* xh = rows.x.p + j * P;

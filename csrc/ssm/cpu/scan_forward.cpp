@@ -32,7 +32,7 @@ void run_segment(const ScanForward& p, const Segment& seg, int64_t g, int64_t h0
     Scratch chunk;
     const auto B = as_rows(static_cast<const T*>(in.B) + t * in.B_stride + g * N, in.B_stride, q, N, chunk);
     const auto C = as_rows(static_cast<const T*>(in.C) + t * in.C_stride + g * N, in.C_stride, q, N, chunk);
-    const GroupChunk<T> group = group_chunk(B, C, 0, q, N, chunk);
+    const GroupChunk<T> group = group_chunk(B, C, 0, q, N, true, chunk);
     for (int64_t j = 0; j < heads; ++j) {
       const int64_t h = h0 + j;
       const T* xh = x + t * in.x_stride + h * P;
