@@ -16,11 +16,13 @@ def _ops() -> dict[str, Op]:
     torch.manual_seed(0)
     weight, scale, z = torch.randn(12, 8), torch.rand(8), torch.randn(6, 8)
     q, logits = torch.randn(1, 6, 2, 4), torch.randn(6, 3)
+    angles = torch.rand(6, 4)
     up, down = torch.randn(3, 5, 8), torch.randn(3, 8, 5)
     return {
         "linear": lambda x: ops.linear(x, weight),
         "rmsnorm": lambda x: ops.rmsnorm_fn(x, scale, None, z, 1e-5, 4, False),
         "attention": lambda x: ops.flash_attn_func(q, x.view(1, 6, 2, 4), x.view(1, 6, 2, 4), causal=True),
+        "rotary": lambda x: ops.rotary_embedding(x[:, None], angles.cos(), angles.sin(), torch.arange(6)),
         "moe": lambda x: ops.moe_mlp(x, *ops.topk_route(logits, 2), up, down, activation="relu2"),
     }
 

@@ -232,4 +232,3 @@ def _rotate(
 
 
 register("kv_cache_append", lambda k, v, k_cache, v_cache, block_table, cu_seqlens, positions: None)
-register("rotary", lambda x, cos, sin, positions, interleaved: x.new_empty(x.shape))

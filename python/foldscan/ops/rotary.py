@@ -8,7 +8,7 @@ import torch
 
 from foldscan.ops import _checks
 from foldscan.ops._backend import use_native
-from foldscan.ops._library import kernels
+from foldscan.ops._library import kernels, register
 from foldscan.reference import attention as reference
 
 
@@ -58,4 +58,4 @@ def _backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return kernels.rotary(dout.contiguous(), cos, -sin, positions, ctx.interleaved), None, None, None, None
 
 
-torch.library.register_autograd("foldscan::rotary", _backward, setup_context=_setup)
+register("rotary", lambda x, cos, sin, positions, interleaved: x.new_empty(x.shape), _setup, _backward)
