@@ -27,11 +27,14 @@ def worker(rank: int, folder: str) -> None:
         groups = mesh.init_process_groups()
         for device_mesh in (groups.attention, groups.experts):
             names = device_mesh.mesh_dim_names or ()
+            assert device_mesh is not None
             assert list(device_mesh.get_coordinate() or ()) == [mesh.position(rank)[axis] for axis in names]
         for axes in AXES:
             members = torch.zeros(WORLD)
             members[rank] = 1
-            dist.all_reduce(members, group=groups.group(axes))
+            group = groups.group(axes)
+            assert group.ranks == mesh.group(axes, rank) and group.ranks[group.index] == rank
+            dist.all_reduce(members, group=group.process_group)
             assert tuple(members.nonzero().flatten().tolist()) == mesh.group(axes, rank), (axes, rank)
     dist.destroy_process_group()
 

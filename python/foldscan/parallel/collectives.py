@@ -1,0 +1,196 @@
+"""Collectives over rows of any number a rank, and a count of what they send.
+
+Everything that ranks tell each other passes through here (pipeline stages aside, which `torch.distributed.pipelining`
+connects), so that a run's bytes can be compared with a plan's. Sums are made by the receiver in the order of the ranks and in
+at least fp32, whatever the backend: the same bits in every run. What they are to autograd stands in
+`foldscan.parallel.adjoint`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from foldscan.parallel.groups import Group
+
+
+@dataclass
+class Traffic:
+    """Bytes that this rank sent, its own share of a collective not counted.
+
+    Attributes:
+        sent: bytes by (collective, axes, label, receiving rank).
+        calls: how often, by (collective, axes, label).
+    """
+
+    sent: dict[tuple[str, str, str, int], int] = field(default_factory=dict)
+    calls: dict[tuple[str, str, str], int] = field(default_factory=dict)
+
+    def bytes(
+        self,
+        collective: str | None = None,
+        axes: str | None = None,
+        label: str | None = None,
+        receivers: Sequence[int] | None = None,
+    ) -> int:
+        """The sum over all records that agree with what is given."""
+        return sum(
+            size
+            for (c, a, l, r), size in self.sent.items()
+            if collective in (None, c) and axes in (None, a) and label in (None, l)
+            if receivers is None or r in receivers
+        )
+
+    def add(self, collective: str, group: Group, label: str, sizes: Sequence[int]) -> None:
+        key = (collective, group.axes, label)
+        self.calls[key] = self.calls.get(key, 0) + 1
+        for member, (rank, size) in enumerate(zip(group.ranks, sizes)):
+            if member != group.index:
+                self.sent[(*key, rank)] = self.sent.get((*key, rank), 0) + size
+
+
+_recording: list[Traffic] = []
+
+
+@contextlib.contextmanager
+def count_traffic() -> Iterator[Traffic]:
+    """Count what this rank sends while the context is open, in forward and in backward."""
+    traffic = Traffic()
+    _recording.append(traffic)
+    try:
+        yield traffic
+    finally:
+        _recording.remove(traffic)
+
+
+def _record(collective: str, group: Group, label: str, sizes: Sequence[int]) -> None:
+    for traffic in _recording:
+        traffic.add(collective, group, label, sizes)
+
+
+def all_to_all(
+    x: torch.Tensor, send: Sequence[int], receive: Sequence[int], group: Group, *, label: str = "rows"
+) -> torch.Tensor:
+    """Send ``send[i]`` rows of x, in order, to member i, and lay what the members sent here end to end.
+
+    Args:
+        x: (sum(send), ...).
+        receive: rows that come from each member: its ``send`` for this rank.
+        label: what the rows are, for the count of bytes.
+
+    Returns:
+        (sum(receive), ...).
+    """
+    _check_counts("send", send, x.shape[0], group)
+    _check_counts("receive", receive, None, group)
+    width = x[:1].numel() * x.element_size() if x.shape[0] else x.new_empty(1, *x.shape[1:]).nbytes
+    _record("all_to_all", group, label, [rows * width for rows in send])
+    out = x.new_empty(sum(receive), *x.shape[1:])
+    if group.process_group is None:
+        return out.copy_(x)
+    dist.all_to_all_single(_bytes(out, width), _bytes(x, width), list(receive), list(send), group=group.process_group)
+    return out
+
+
+def all_gather(x: torch.Tensor, counts: Sequence[int], group: Group, *, label: str = "rows") -> torch.Tensor:
+    """Everyone's rows in the order of the ranks.
+
+    Args:
+        x: (counts[own], ...). counts: rows of every member.
+
+    Returns:
+        (sum(counts), ...).
+    """
+    _check_counts("counts", counts, None, group)
+    _check_counts("counts", counts[group.index : group.index + 1], x.shape[0], None)
+    x = x.contiguous()
+    _record("all_gather", group, label, [x.nbytes] * group.size)
+    out = x.new_empty(sum(counts), *x.shape[1:])
+    if group.process_group is None:
+        return out.copy_(x)
+    if out.numel() == 0:
+        return out
+    width = out.nbytes // out.shape[0]
+    if len(set(counts)) == 1:
+        dist.all_gather_into_tensor(_bytes(out, width), _bytes(x, width), group=group.process_group)
+    else:
+        copies = _bytes(x, width).repeat(group.size, 1)
+        dist.all_to_all_single(
+            _bytes(out, width), copies, list(counts), [x.shape[0]] * group.size, group=group.process_group
+        )
+    return out
+
+
+def reduce_scatter(x: torch.Tensor, counts: Sequence[int], group: Group, *, label: str = "rows") -> torch.Tensor:
+    """Member i gets the sum over all ranks of the i-th run of ``counts[i]`` rows.
+
+    Summed in the order of the ranks, in fp32 (fp64 for fp64), rounded once to the dtype of x.
+
+    Args:
+        x: (sum(counts), ...).
+
+    Returns:
+        (counts[own], ...).
+    """
+    own = counts[group.index]
+    if group.process_group is None:
+        _check_counts("counts", counts, x.shape[0], group)
+        return x
+    _check_counts("counts", counts, x.shape[0], group)
+    width = x.new_empty(1, *x.shape[1:]).nbytes
+    _record("reduce_scatter", group, label, [rows * width for rows in counts])
+    parts = x.new_empty(group.size * own, *x.shape[1:])
+    dist.all_to_all_single(
+        _bytes(parts, width), _bytes(x, width), [own] * group.size, list(counts), group=group.process_group
+    )
+    return ordered_sum(parts.view(group.size, own, *x.shape[1:]))
+
+
+def ring_shift(x: torch.Tensor, rows: int, group: Group, *, back: bool = False, label: str = "rows") -> torch.Tensor:
+    """Send x to the next member (the one before with ``back``), and get ``rows`` rows from the one on the other side."""
+    if group.process_group is None:
+        return x
+    step = -1 if back else 1
+    send, receive = [0] * group.size, [0] * group.size
+    send[(group.index + step) % group.size] = x.shape[0]
+    receive[(group.index - step) % group.size] = rows
+    return all_to_all(x, send, receive, group, label=label)
+
+
+def all_sum(x: torch.Tensor, group: Group, *, label: str = "sums") -> torch.Tensor:
+    """The sum over the group, in the order of the ranks, on every rank: for small tensors."""
+    return ordered_sum(all_gather(x[None], [1] * group.size, group, label=label))
+
+
+def exchange_counts(counts: Sequence[int], group: Group) -> list[list[int]]:
+    """What every member says in a few integers, as host values: element [i] is member i's list."""
+    mine = torch.tensor([list(counts)], dtype=torch.int64)
+    return all_gather(mine, [1] * group.size, group, label="counts").tolist()
+
+
+def ordered_sum(parts: torch.Tensor) -> torch.Tensor:
+    """The sum over the first dimension from front to back, in at least fp32, rounded once to the dtype of ``parts``."""
+    if not parts.is_floating_point():
+        return parts.sum(0)
+    total = parts[0].to(torch.promote_types(parts.dtype, torch.float32), copy=True)
+    for part in parts[1:]:
+        total += part
+    return total.to(parts.dtype)
+
+
+def _bytes(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Rows as raw bytes, so that every dtype travels on every backend."""
+    return x.contiguous().view(-1).view(torch.uint8).view(x.shape[0], width)
+
+
+def _check_counts(name: str, counts: Sequence[int], rows: int | None, group: Group | None) -> None:
+    if group is not None and len(counts) != group.size:
+        raise ValueError(f"{name}: got {len(counts)} numbers of rows, want one for each of the {group.size} ranks")
+    if any(count < 0 for count in counts):
+        raise ValueError(f"{name}: got {list(counts)}, want numbers of rows")
+    if rows is not None and sum(counts) != rows:
+        raise ValueError(f"{name}: got {list(counts)}, {sum(counts)} rows in all, want {rows} as x has")
