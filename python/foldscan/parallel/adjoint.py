@@ -1,8 +1,8 @@
 """The collectives to autograd: the backward of each is its exact adjoint.
 
-With <x, y> summed over the ranks, <collective(x), y> = <x, backward(y)>. A loss that is the sum of what the ranks compute
-therefore has the right gradient on each rank with no scale to remember: all_to_all goes back the way it came, all_gather
-and reduce_scatter are each other's.
+With <x, y> summed over the ranks, <collective(x), y> = <x, backward(y)>. A loss that is the sum of what the ranks
+compute therefore has the right gradient on each rank with no scale to remember: all_to_all goes back the way it came,
+all_gather and reduce_scatter are each other's.
 """
 
 from __future__ import annotations

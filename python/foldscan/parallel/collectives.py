@@ -1,8 +1,8 @@
 """Collectives over rows of any number a rank, and a count of what they send.
 
 Everything that ranks tell each other passes through here (pipeline stages aside, which `torch.distributed.pipelining`
-connects), so that a run's bytes can be compared with a plan's. Sums are made by the receiver in the order of the ranks and in
-at least fp32, whatever the backend: the same bits in every run. What they are to autograd stands in
+connects), so that a run's bytes can be compared with a plan's. Sums are made by the receiver in the order of the ranks
+and in at least fp32, whatever the backend: the same bits in every run. What they are to autograd stands in
 `foldscan.parallel.adjoint`.
 """
 
@@ -151,7 +151,7 @@ def reduce_scatter(x: torch.Tensor, counts: Sequence[int], group: Group, *, labe
 
 
 def ring_shift(x: torch.Tensor, rows: int, group: Group, *, back: bool = False, label: str = "rows") -> torch.Tensor:
-    """Send x to the next member (the one before with ``back``), and get ``rows`` rows from the one on the other side."""
+    """Send x to the next member (with ``back`` to the one before) and get ``rows`` rows from the other side."""
     if group.process_group is None:
         return x
     step = -1 if back else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -38,4 +39,4 @@ class Group:
 def shares(total: int, parts: int) -> list[int]:
     """``total`` divided over ``parts`` as evenly as it goes: part i ends at ``(i + 1) total // parts``."""
     ends = [i * total // parts for i in range(parts + 1)]
-    return [end - start for start, end in zip(ends, ends[1:])]
+    return [end - start for start, end in itertools.pairwise(ends)]
