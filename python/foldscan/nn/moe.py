@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import nn
@@ -26,6 +27,25 @@ class RouterStats:
     load_balancing: torch.Tensor
     z: torch.Tensor
     counts: torch.Tensor
+
+
+Score = Literal["softmax", "sigmoid"]
+
+
+class ExpertPeers(Protocol):
+    """Other ranks that hold some of a layer's experts (`foldscan.parallel`): what `MoE` asks of them."""
+
+    def drop(self, probs: torch.Tensor, experts: torch.Tensor, num_experts: int) -> torch.Tensor:
+        """The choice (T, k) with -1 where an assignment is dropped."""
+
+    def experts(self, compute: Experts, x: torch.Tensor, probs: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """The routed experts' sums for (T, size), wherever the experts are; ``compute`` is what is here of them."""
+
+    def dense(self, layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """What a layer that is divided over ranks gives for (T, d)."""
+
+    def stats(self, logits: torch.Tensor, experts: torch.Tensor, num_experts: int, score: Score) -> RouterStats:
+        """Losses and loads over all ranks that share the batch."""
 
 
 class Router(nn.Module):
@@ -51,7 +71,7 @@ class Router(nn.Module):
         if score not in ("softmax", "sigmoid"):
             raise ValueError(f"score: got {score!r}, want 'softmax' or 'sigmoid'")
         self.top_k, self.pre_softmax = top_k, pre_softmax
-        self.score = cast(Literal["softmax", "sigmoid"], score)
+        self.score = cast(Score, score)
         self.num_groups, self.groups_topk = num_groups, groups_topk
         self.scaling, self.normalize = scaling, normalize
         self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size))
@@ -128,21 +148,34 @@ class MoE(nn.Module):
             MLP(hidden_size, shared_intermediate_size, activation=activation) if shared_intermediate_size else None
         )
 
-    def forward(self, x: torch.Tensor, *, stats: bool = False) -> tuple[torch.Tensor, RouterStats | None]:
-        """(T, d) to (T, d), and with ``stats`` the losses and loads of the router."""
+    def forward(
+        self, x: torch.Tensor, *, stats: bool = False, peers: ExpertPeers | None = None
+    ) -> tuple[torch.Tensor, RouterStats | None]:
+        """(T, d) to (T, d), and with ``stats`` the losses and loads of the router.
+
+        Args:
+            peers: the ranks that share the experts; None when all of them are here.
+        """
         logits, probs, experts = self.gate(x)
         inner = x if self.fc1_latent_proj is None else self.fc1_latent_proj(x)
-        out = self.experts(inner, probs, experts)
+        if peers is None:
+            out = self.experts(inner, probs, experts)
+        else:
+            out = peers.experts(self.experts, inner, probs, peers.drop(probs, experts, self.num_experts))
         if self.fc2_latent_proj is not None:
             out = self.fc2_latent_proj(out)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(x)
-        return out, self._stats(logits, experts) if stats else None
+            out = out + (self.shared_experts(x) if peers is None else peers.dense(self.shared_experts, x))
+        if not stats:
+            return out, None
+        ask = self._stats if peers is None else peers.stats
+        return out, ask(logits, experts, self.num_experts, self.gate.score)
 
-    def _stats(self, logits: torch.Tensor, experts: torch.Tensor) -> RouterStats:
-        counts = torch.bincount(experts.detach().reshape(-1).long(), minlength=self.num_experts)
+    @staticmethod
+    def _stats(logits: torch.Tensor, experts: torch.Tensor, num_experts: int, score: Score) -> RouterStats:
+        counts = torch.bincount(experts.detach().reshape(-1).long(), minlength=num_experts)
         return RouterStats(
-            ops.load_balancing_loss(logits, experts, self.num_experts, score=self.gate.score),
+            ops.load_balancing_loss(logits, experts, num_experts, score=score),
             ops.router_z_loss(logits),
             counts,
         )

@@ -22,8 +22,8 @@ class RotaryEmbedding(nn.Module):
         if head_dim % 2:
             raise ValueError(f"head_dim: got {head_dim}, want an even number")
         self.head_dim, self.theta = head_dim, theta
-        self._cos = torch.empty(0, head_dim // 2)
-        self._sin = torch.empty(0, head_dim // 2)
+        self._cos = torch.empty(0, head_dim // 2, dtype=torch.float32)
+        self._sin = torch.empty(0, head_dim // 2, dtype=torch.float32)
 
     def _grow(self, length: int, device: torch.device) -> None:
         if self._cos.device != device:

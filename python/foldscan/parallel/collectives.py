@@ -53,6 +53,8 @@ class Traffic:
                 self.sent[(*key, rank)] = self.sent.get((*key, rank), 0) + size
 
 
+# PyTorch 2.13 gave the first a new name and warns of the old one.
+_gather_equal = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _recording: list[Traffic] = []
 
 
@@ -90,7 +92,7 @@ def all_to_all(
     width = x[:1].numel() * x.element_size() if x.shape[0] else x.new_empty(1, *x.shape[1:]).nbytes
     _record("all_to_all", group, label, [rows * width for rows in send])
     out = x.new_empty(sum(receive), *x.shape[1:])
-    if group.process_group is None:
+    if group.size == 1:
         return out.copy_(x)
     dist.all_to_all_single(_bytes(out, width), _bytes(x, width), list(receive), list(send), group=group.process_group)
     return out
@@ -110,13 +112,13 @@ def all_gather(x: torch.Tensor, counts: Sequence[int], group: Group, *, label: s
     x = x.contiguous()
     _record("all_gather", group, label, [x.nbytes] * group.size)
     out = x.new_empty(sum(counts), *x.shape[1:])
-    if group.process_group is None:
+    if group.size == 1:
         return out.copy_(x)
     if out.numel() == 0:
         return out
     width = out.nbytes // out.shape[0]
     if len(set(counts)) == 1:
-        dist.all_gather_into_tensor(_bytes(out, width), _bytes(x, width), group=group.process_group)
+        _gather_equal(_bytes(out, width), _bytes(x, width), group=group.process_group)
     else:
         copies = _bytes(x, width).repeat(group.size, 1)
         dist.all_to_all_single(
@@ -137,7 +139,7 @@ def reduce_scatter(x: torch.Tensor, counts: Sequence[int], group: Group, *, labe
         (counts[own], ...).
     """
     own = counts[group.index]
-    if group.process_group is None:
+    if group.size == 1:
         _check_counts("counts", counts, x.shape[0], group)
         return x
     _check_counts("counts", counts, x.shape[0], group)
@@ -152,7 +154,7 @@ def reduce_scatter(x: torch.Tensor, counts: Sequence[int], group: Group, *, labe
 
 def ring_shift(x: torch.Tensor, rows: int, group: Group, *, back: bool = False, label: str = "rows") -> torch.Tensor:
     """Send x to the next member (with ``back`` to the one before) and get ``rows`` rows from the other side."""
-    if group.process_group is None:
+    if group.size == 1:
         return x
     step = -1 if back else 1
     send, receive = [0] * group.size, [0] * group.size

@@ -10,12 +10,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from foldscan.parallel.groups import Group
+from foldscan.parallel.mesh import ATTENTION
 
 if TYPE_CHECKING:
     from foldscan.parallel.mesh import FoldedMesh, Grid
 
 # Groups over several axes that a training step reduces over.
-JOINT = ("dp-cp", "tp-cp", "tp-cp-dp", "tp-pp", "etp-ep", "etp-ep-pp")
+JOINT = ("dp-cp", "tp-cp", "tp-cp-dp", "tp-cp-dp-pp", "tp-pp", "etp-ep", "etp-ep-pp")
 
 
 class ProcessGroups:
@@ -31,9 +32,9 @@ class ProcessGroups:
 
     def __init__(self, mesh: FoldedMesh, device_type: str = "cpu") -> None:
         self.mesh, self.rank, self.device_type = mesh, 0, device_type
+        self._made: dict[str, dist.ProcessGroup] = {}
         self.attention: DeviceMesh | None = None
         self.experts: DeviceMesh | None = None
-        self._joint: dict[str, dist.ProcessGroup] = {}
         if not dist.is_initialized():
             if mesh.world_size == 1:
                 return
@@ -43,27 +44,37 @@ class ProcessGroups:
                 f"world_size: got a mesh of {mesh.world_size}, want {dist.get_world_size()} as there are ranks"
             )
         self.rank = dist.get_rank()
-        self.attention = _device_mesh(mesh.attention, device_type)
-        self.experts = _device_mesh(mesh.experts, device_type)
-        for axes in JOINT:
-            self._joint[axes], _ = dist.new_subgroups_by_enumeration([list(group) for group in mesh.ranks(axes)])
+        self._made = {axes: _process_group(mesh.ranks(axes)) for axes in (*ATTENTION, "etp", "ep", "edp", *JOINT)}
+        self.attention = self._device_mesh(mesh.attention)
+        self.experts = self._device_mesh(mesh.experts)
 
     def group(self, axes: str) -> Group:
         """This rank's group along one axis, or along one of the joint groups ``JOINT``."""
         ranks = self.mesh.group(axes, self.rank)
-        return Group(axes, ranks, ranks.index(self.rank), self._process_group(axes))
+        if self.attention is None:
+            return Group(axes, ranks, 0)
+        if axes not in self._made:
+            raise ValueError(f"axes: got {axes!r}, want one axis or one of {', '.join(JOINT)}")
+        return Group(axes, ranks, ranks.index(self.rank), self._made[axes])
 
-    def _process_group(self, axes: str) -> dist.ProcessGroup | None:
-        if axes in self._joint:
-            return self._joint[axes]
-        for mesh in (self.attention, self.experts):
-            if mesh is None:
-                return None
-            if axes in (mesh.mesh_dim_names or ()):
-                return mesh.get_group(axes)
-        raise ValueError(f"axes: got {axes!r}, want one axis or one of {', '.join(JOINT)}")
+    def _device_mesh(self, grid: Grid) -> DeviceMesh:
+        names, sizes = tuple(reversed(grid.sizes)), tuple(reversed(grid.sizes.values()))
+        ranks = torch.arange(prod(sizes)).view(sizes)
+        groups = [self._made[name] for name in names]
+        return DeviceMesh.from_group(groups, self.device_type, mesh=ranks, mesh_dim_names=names)
 
 
-def _device_mesh(grid: Grid, device_type: str) -> DeviceMesh:
-    names, sizes = tuple(reversed(grid.sizes)), tuple(reversed(grid.sizes.values()))
-    return DeviceMesh(device_type, torch.arange(prod(sizes)).view(sizes), mesh_dim_names=names)
+_world: dist.ProcessGroup | None = None
+_known: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
+
+
+def _process_group(ranks: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
+    """This rank's process group of a division of the world; axes that divide it alike share one (a communicator is dear
+    on a GPU). Every rank asks for the same divisions in the same order."""
+    global _world
+    if _world is not dist.group.WORLD:  # the default group was made anew, and its subgroups are gone
+        _known.clear()
+        _world = dist.group.WORLD
+    if ranks not in _known:
+        _known[ranks], _ = dist.new_subgroups_by_enumeration([list(group) for group in ranks])
+    return _known[ranks]
