@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,12 @@ def train(arguments: argparse.Namespace) -> None:
     from foldscan.training import Display, TrainConfig
     from foldscan.training import train as run
 
-    config = TrainConfig.load(arguments.config, arguments.set)
+    axes = ("tp", "cp", "ep", "etp", "pp", "dispatcher")
+    given = [f"parallel.{axis}={getattr(arguments, axis)}" for axis in axes if getattr(arguments, axis) is not None]
+    config = TrainConfig.load(arguments.config, arguments.set + given)
     result = run(config, resume=arguments.resume, listener=None if arguments.json else Display())
+    if int(os.environ.get("RANK", "0")):
+        return  # one of torchrun's processes tells
     evaluation = result.evaluation
     record = {
         "checkpoint": str(result.checkpoint),

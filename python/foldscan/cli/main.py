@@ -57,6 +57,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="override a field, such as model.hidden_size=128",
     )
     train.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint, if any")
+    mesh = train.add_argument_group(
+        "parallel training", "sizes of the mesh of processes that torchrun starts; one process takes no notice of them"
+    )
+    for axis, about in (
+        ("tp", "tensor parallelism of attention, Mamba-2, MLP and vocabulary"),
+        ("cp", "context parallelism"),
+        ("ep", "expert parallelism"),
+        ("etp", "tensor parallelism inside an expert"),
+        ("pp", "pipeline stages"),
+    ):
+        mesh.add_argument(f"--{axis}", type=int, metavar="N", help=about)
+    mesh.add_argument("--dispatcher", choices=["alltoall", "allgather", "dedup"], help="of tokens to experts")
     _json_flag(train)
     train.set_defaults(run=commands.train)
 

@@ -10,13 +10,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from foldscan.models.files import FormatError, read_json, want_field, write_json
+from foldscan.models.pieces import PieceFolder
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
 class TensorFolder:
-    """The tensors of a model directory, by name: ``model.safetensors``, or the shards that its index lists.
+    """The tensors of a model directory, by name: ``model.safetensors``, the shards that its index lists, or the pieces
+    that the ranks of a mesh wrote.
 
     Raises:
         FormatError: no such file, a broken shard, an index that names a missing shard or tensor.
@@ -25,6 +27,7 @@ class TensorFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._file_of: dict[str, Path] = {}
+        self._pieces: PieceFolder | None = None
         if (folder / INDEX).is_file():
             index = read_json(folder / INDEX)
             for name, shard in want_field(index, "weight_map", dict, folder / INDEX).items():
@@ -37,6 +40,10 @@ class TensorFolder:
                     raise FormatError(f"{file}: tensor {min(missing)!r} is missing, though the index lists it")
         elif (folder / WEIGHTS).is_file():
             self._file_of = dict.fromkeys(self._names_in(folder / WEIGHTS), folder / WEIGHTS)
+        elif any(folder.glob("rank_*.safetensors")):
+            self._pieces = PieceFolder(folder)
+            # What else is in a training checkpoint has a kind before its name.
+            self._file_of = {n: self._pieces.where(n) for n in self._pieces.pieces if "/" not in n}
         else:
             raise FormatError(f"{folder}: neither {WEIGHTS} nor {INDEX} is there")
 
@@ -59,6 +66,8 @@ class TensorFolder:
 
     def get(self, name: str) -> torch.Tensor:
         """Read one tensor."""
+        if self._pieces is not None:
+            return self._pieces.read(name)
         try:
             with safe_open(self._file_of[name], framework="pt") as shard:
                 return shard.get_tensor(name)

@@ -69,6 +69,20 @@ def count_traffic() -> Iterator[Traffic]:
         _recording.remove(traffic)
 
 
+@contextlib.contextmanager
+def _explained(collective: str, group: Group) -> Iterator[None]:
+    """What a backend says of a peer that is gone or late, with who was waiting for whom."""
+    try:
+        yield
+    except RuntimeError as error:
+        others = [rank for rank in group.ranks if rank != group.ranks[group.index]]
+        reason = "too late" if "imed out" in str(error) or "imeout" in str(error) else "gone"
+        raise RuntimeError(
+            f"rank {group.ranks[group.index]}: {collective} over {group.axes} failed, one of the ranks {others} is "
+            f"{reason} ({str(error).strip().splitlines()[-1][:200]})"
+        ) from error
+
+
 def _record(collective: str, group: Group, label: str, sizes: Sequence[int]) -> None:
     for traffic in _recording:
         traffic.add(collective, group, label, sizes)
@@ -94,7 +108,7 @@ def all_to_all(
     out = x.new_empty(sum(receive), *x.shape[1:])
     if group.size == 1:
         return out.copy_(x)
-    dist.all_to_all_single(_bytes(out, width), _bytes(x, width), list(receive), list(send), group=group.process_group)
+    _exchange("all_to_all", _bytes(out, width), _bytes(x, width), receive, send, group)
     return out
 
 
@@ -118,12 +132,11 @@ def all_gather(x: torch.Tensor, counts: Sequence[int], group: Group, *, label: s
         return out
     width = out.nbytes // out.shape[0]
     if len(set(counts)) == 1:
-        _gather_equal(_bytes(out, width), _bytes(x, width), group=group.process_group)
+        with _explained("all_gather", group):
+            _gather_equal(_bytes(out, width), _bytes(x, width), group=group.process_group)
     else:
         copies = _bytes(x, width).repeat(group.size, 1)
-        dist.all_to_all_single(
-            _bytes(out, width), copies, list(counts), [x.shape[0]] * group.size, group=group.process_group
-        )
+        _exchange("all_gather", _bytes(out, width), copies, counts, [x.shape[0]] * group.size, group)
     return out
 
 
@@ -146,9 +159,7 @@ def reduce_scatter(x: torch.Tensor, counts: Sequence[int], group: Group, *, labe
     width = x.new_empty(1, *x.shape[1:]).nbytes
     _record("reduce_scatter", group, label, [rows * width for rows in counts])
     parts = x.new_empty(group.size * own, *x.shape[1:])
-    dist.all_to_all_single(
-        _bytes(parts, width), _bytes(x, width), [own] * group.size, list(counts), group=group.process_group
-    )
+    _exchange("reduce_scatter", _bytes(parts, width), _bytes(x, width), [own] * group.size, counts, group)
     return ordered_sum(parts.view(group.size, own, *x.shape[1:]))
 
 
@@ -182,6 +193,13 @@ def ordered_sum(parts: torch.Tensor) -> torch.Tensor:
     for part in parts[1:]:
         total += part
     return total.to(parts.dtype)
+
+
+def _exchange(
+    what: str, out: torch.Tensor, x: torch.Tensor, receive: Sequence[int], send: Sequence[int], group: Group
+) -> None:
+    with _explained(what, group):
+        dist.all_to_all_single(out, x, list(receive), list(send), group=group.process_group)
 
 
 def _bytes(x: torch.Tensor, width: int) -> torch.Tensor:

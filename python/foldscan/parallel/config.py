@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from foldscan.parallel.mesh import FoldedMesh
 
@@ -64,6 +64,10 @@ class ParallelConfig:
             raise ValueError("pad_to_capacity: want a capacity_factor and drop_scope 'rank' with it")
         if not self.timeout > 0:
             raise ValueError(f"timeout: got {self.timeout}, want a number of seconds")
+
+    def alone(self) -> ParallelConfig:
+        """The same for one process: no axis, but the same capacity."""
+        return replace(self, tp=1, cp=1, ep=1, etp=1, pp=1, stages_per_rank=1)
 
     def mesh(self, world_size: int) -> FoldedMesh:
         """The mesh of a world.

@@ -18,11 +18,10 @@ class _Stage(nn.Module):
 
     def __init__(self, pipeline: Pipeline, stage: int) -> None:
         super().__init__()
-        self._run = [pipeline, stage]  # in a list: the model's parameters are not registered again
+        self._pipeline, self._stage = pipeline, stage
 
     def forward(self, *inputs: torch.Tensor, microbatch: torch.Tensor) -> torch.Tensor:
-        pipeline, stage = self._run
-        return pipeline.forward_stage(stage, inputs[0] if inputs else None, int(microbatch))
+        return self._pipeline.forward_stage(self._stage, inputs[0] if inputs else None, int(microbatch))
 
 
 class Pipeline:
@@ -91,7 +90,7 @@ class Pipeline:
 
         model, device = self.model, torch.device(self.model.groups.device_type)
         rows = torch.empty(shape, dtype=dtype, device="meta").requires_grad_()
-        stages = []
+        stages: list[Any] = []
         for number in model.stages:
             first = number == 0
             stages.append(

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 
@@ -249,7 +250,7 @@ def local_config(config: HybridConfig, mesh: FoldedMesh) -> HybridConfig:
     check_divisible(config, mesh)
     c, tp = config, mesh.tp
     kinds = set(c.pattern)
-    changed: dict[str, int] = {}
+    changed: dict[str, Any] = {}
     if kinds & {"M", "P"}:
         changed |= {"mamba_num_heads": c.mamba_num_heads // tp, "mamba_num_groups": c.mamba_num_groups // tp}
     if kinds & {"*", "P"}:

@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 from foldscan.data.sampler import PackedSampler
 from foldscan.data.tokenizer import Tokenizer
-from foldscan.models import FormatError, HybridLM
-from foldscan.models.files import atomic_directory, read_json, want_field, write_json
+from foldscan.models import FormatError
+from foldscan.models.files import fsync_tree, read_json, want_field, write_json
 from foldscan.models.layouts import LAYOUTS, Native
-from foldscan.models.tensors import read_tensors, write_tensors
-from foldscan.training.optimizer import optimizer_tensors, restore_optimizer
+from foldscan.parallel.world import World
+from foldscan.training.config import TrainConfig
+from foldscan.training.engine import Engine
 
 _NAME = re.compile(r"step_(\d+)")
 
@@ -53,46 +51,58 @@ def clear_leftovers(run_dir: Path) -> None:
 
 
 def save_checkpoint(
-    run_dir: Path,
-    model: HybridLM,
-    optimizer: torch.optim.Optimizer,
+    world: World,
+    engine: Engine,
     sampler: PackedSampler,
     progress: Progress,
     tokenizer: Tokenizer,
-    *,
-    keep: int,
+    config: TrainConfig,
 ) -> Path:
     """Write ``checkpoints/step_N``: weights, config and tokenizer (a model directory that `load_pretrained` reads), the
-    optimizer's state and torch's random state as safetensors, and the position in the data as JSON; then remove all but
-    the last ``keep``."""
+    optimizer's state as safetensors, and the position in the data as JSON; then remove all but the last few.
+
+    Every process calls it. The folder gets its name when everything in it is on the disk.
+
+    Raises:
+        OSError: on every process, when one could not write; what existed is untouched.
+    """
+    run_dir = Path(config.run_dir)
     target = run_dir / "checkpoints" / f"step_{progress.step:08d}"
-    if not target.exists():
-        with atomic_directory(target) as work:
-            write_json(work / "config.json", Native().write_config(model.config))
-            write_tensors(work, model.state_dict())
-            tokenizer.save(work / "tokenizer.json")
-            state = {f"optimizer/{n}": t for n, t in optimizer_tensors(model, optimizer).items()}
-            state["random/torch"] = torch.get_rng_state()
-            save_file(state, work / "training.safetensors")
-            write_json(
-                work / "training.json",
-                {
-                    "step": progress.step,
-                    "tokens": progress.tokens,
-                    "seconds": progress.seconds,
-                    "data": sampler.state(),
-                },
-            )
-    for old in checkpoints(run_dir)[:-keep]:
-        # Renamed first: a half-removed checkpoint must not look like a whole one.
-        doomed = old.with_name("." + old.name + ".removed")
-        old.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    if target.exists():
+        return target
+    work = target.with_name(f".{target.name}.tmp")
+
+    def begin() -> None:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+
+    def finish() -> None:
+        write_json(work / "config.json", Native().write_config(config.model))
+        tokenizer.save(work / "tokenizer.json")
+        state = {"step": progress.step, "tokens": progress.tokens, "seconds": progress.seconds}
+        write_json(work / "training.json", {**state, "data": sampler.state()})
+        fsync_tree(work)
+        work.rename(target)
+        fsync_tree(target.parent)
+        for old in checkpoints(run_dir)[: -config.keep_checkpoints]:
+            # Renamed first: a half-removed checkpoint must not look like a whole one.
+            doomed = old.with_name("." + old.name + ".removed")
+            old.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    try:
+        world.together(begin)
+        engine.save(work)
+        world.together(finish)
+    except BaseException:
+        if world.is_main:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
     return target
 
 
-def load_checkpoint(path: Path, model: HybridLM, optimizer: torch.optim.Optimizer, sampler: PackedSampler) -> Progress:
-    """Bring model, optimizer, data position and random state back to where `save_checkpoint` was called.
+def load_checkpoint(path: Path, engine: Engine, sampler: PackedSampler, config: TrainConfig) -> Progress:
+    """Bring model, optimizer and data position back to where `save_checkpoint` was called, by whichever engine.
 
     Raises:
         FormatError: names the file and the field or tensor.
@@ -106,26 +116,11 @@ def load_checkpoint(path: Path, model: HybridLM, optimizer: torch.optim.Optimize
     )
     data: dict[str, Any] = want_field(record, "data", dict, file)
     saved = LAYOUTS["foldscan_hybrid"].read_config(read_json(path / "config.json"), path / "config.json")
-    if saved != model.config:
+    if saved != config.model:
         raise FormatError(f"{path / 'config.json'}: describes another model than the run's config")
-    weights, _ = read_tensors(path / "model.safetensors")
-    own = model.state_dict()
-    for name, tensor in own.items():
-        if name not in weights or weights[name].shape != tensor.shape:
-            raise FormatError(f"{path / 'model.safetensors'}: tensor {name!r} is missing or misshapen")
-    state_file = path / "training.safetensors"
-    state, _ = read_tensors(state_file)
-    if "random/torch" not in state:
-        raise FormatError(f"{state_file}: tensor 'random/torch' is missing")
+    engine.load(path)
     try:
         sampler.restore(data)
     except (ValueError, KeyError) as error:
         raise FormatError(f"{file}: field 'data': {error}") from None
-    prefix = "optimizer/"
-    moments = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-    restore_optimizer(model, optimizer, moments, state_file)
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
-    torch.set_rng_state(state["random/torch"])
     return progress

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from foldscan.models.config import HybridConfig, read_yaml
 from foldscan.models.files import FormatError, atomic_write_text
+from foldscan.parallel.config import ParallelConfig
 
 
 @dataclass
@@ -44,6 +45,8 @@ class TrainConfig:
         eval_every, eval_tokens: steps between evaluations, and roughly how many held-out tokens (0 for all).
         log_every, checkpoint_every, keep_checkpoints: steps between records and checkpoints; how many stay.
         tensorboard: also write event files.
+        parallel: how the run is divided over the processes that torchrun starts; without it, or with one process, only
+            its capacity counts.
     """
 
     model: HybridConfig
@@ -78,6 +81,7 @@ class TrainConfig:
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     tensorboard: bool = True
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         self.validate()
@@ -118,7 +122,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**values, "model": self.model.to_dict()}
+        return {**values, "model": self.model.to_dict(), "parallel": dataclasses.asdict(self.parallel)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: object = "config") -> TrainConfig:
@@ -127,12 +131,7 @@ class TrainConfig:
         Raises:
             FormatError: an unknown, missing, mistyped or impossible field.
         """
-        known = {f.name: str(f.type) for f in dataclasses.fields(cls)}
-        for name, value in values.items():
-            if name not in known:
-                raise FormatError(f"{where}: field {name!r} is not a field of TrainConfig")
-            if name != "model" and not _fits(value, known[name]):
-                raise FormatError(f"{where}: field {name!r} is {value!r}, want {known[name]}")
+        _check_fields(cls, values, where, nested=("model", "parallel"))
         for name in ("model", "run_dir"):
             if name not in values:
                 raise FormatError(f"{where}: field {name!r} is missing")
@@ -147,7 +146,8 @@ class TrainConfig:
         if unknown_vocab:
             config.vocab_size = 0
         try:
-            return cls(**{**values, "model": config})
+            division = ParallelConfig(**_parallel_values(values, where))
+            return cls(**{**values, "model": config, "parallel": division})
         except ValueError as error:
             raise FormatError(f"{where}: field {error}") from None
 
@@ -187,6 +187,23 @@ def _scalar(text: str) -> Any:
         except ValueError:
             return value
     return value
+
+
+def _check_fields(kind: type, values: dict[str, Any], where: object, nested: tuple[str, ...] = ()) -> None:
+    known = {f.name: str(f.type) for f in dataclasses.fields(kind)}
+    for name, value in values.items():
+        if name not in known:
+            raise FormatError(f"{where}: field {name!r} is not a field of {kind.__name__}")
+        if name not in nested and not _fits(value, known[name]):
+            raise FormatError(f"{where}: field {name!r} is {value!r}, want {known[name]}")
+
+
+def _parallel_values(values: dict[str, Any], where: object) -> dict[str, Any]:
+    found = values.get("parallel", {})
+    if not isinstance(found, dict):
+        raise FormatError(f"{where}: field 'parallel' is {found!r}, want a mapping")
+    _check_fields(ParallelConfig, found, f"{where}: parallel")
+    return found
 
 
 def _fits(value: Any, annotation: str) -> bool:

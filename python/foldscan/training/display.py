@@ -7,7 +7,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from foldscan.models import HybridLM
 from foldscan.training.checkpoint import Progress as RunProgress
 from foldscan.training.config import TrainConfig
 
@@ -21,12 +20,12 @@ class Display:
         self._task: TaskID | None = None
         self._bits = ""
 
-    def start(self, config: TrainConfig, model: HybridLM, progress: RunProgress) -> None:
+    def start(self, config: TrainConfig, num_parameters: int, progress: RunProgress) -> None:
         length = f"{config.max_seconds:.0f} s of steps" if config.max_seconds else f"{config.steps} steps"
         where = f"from step {progress.step} " if progress.step else ""
         self.console.print(
             f"[bold]{config.model.pattern}[/bold]  d={config.model.hidden_size}  "
-            f"{model.num_parameters() / 1e6:.2f} M parameters, "
+            f"{num_parameters / 1e6:.2f} M parameters, "
             f"{length} {where}of {config.step_tokens} tokens, {config.precision}",
             highlight=False,
         )

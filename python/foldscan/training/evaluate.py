@@ -41,6 +41,11 @@ def autocast(precision: str) -> contextlib.AbstractContextManager[object]:
     return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
+def documents_within(file: TokenFile, max_tokens: int) -> int:
+    """Whole documents from the front of the file within ``max_tokens`` (0 for all), at least one."""
+    return max(1, int((file.starts[1:] <= max_tokens).sum())) if max_tokens else file.num_documents
+
+
 @torch.no_grad()
 def evaluate(
     model: HybridLM,
@@ -59,9 +64,7 @@ def evaluate(
         max_tokens: stop before the document that would pass it; 0 for all.
         precision: ``"fp32"`` or ``"bf16"`` (autocast).
     """
-    documents = file.num_documents
-    if max_tokens:
-        documents = max(1, int((file.starts[1:] <= max_tokens).sum()))
+    documents = documents_within(file, max_tokens)
     was_training = model.training
     model.eval()
     nats, tokens = 0.0, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,19 +12,20 @@ import torch
 
 from foldscan.data import PackedSampler, TokenFile, Tokenizer
 from foldscan.models import HybridLM, load_pretrained
+from foldscan.parallel.world import World
 from foldscan.training.checkpoint import Progress, checkpoints, clear_leftovers, load_checkpoint, save_checkpoint
 from foldscan.training.config import TrainConfig
 from foldscan.training.corpus import PreparedData, prepare
-from foldscan.training.evaluate import Evaluation, autocast, evaluate
+from foldscan.training.engine import Engine, LocalEngine, StepResult
+from foldscan.training.evaluate import Evaluation
 from foldscan.training.metrics import MetricsLog, write_environment
-from foldscan.training.optimizer import make_optimizer
 from foldscan.training.schedule import fraction_done, is_due, learning_rate
 
 
 class Listener(Protocol):
     """Someone who watches a run: a terminal display, a test."""
 
-    def start(self, config: TrainConfig, model: HybridLM, progress: Progress) -> None: ...
+    def start(self, config: TrainConfig, num_parameters: int, progress: Progress) -> None: ...
 
     def step(self, step: int, record: dict[str, Any]) -> None: ...
 
@@ -35,19 +37,27 @@ class Listener(Protocol):
 @dataclass
 class TrainResult:
     """Attributes:
-    model, tokenizer: as trained, and what its text is made of.
+    tokenizer: what the text is made of.
     run_dir: the run's folder.
     checkpoint: the last checkpoint, a model directory.
     progress: steps, tokens, seconds.
     evaluation: the last one, None without held-out data.
+    in_memory: the model as trained, where this process has it whole.
     """
 
-    model: HybridLM
     tokenizer: Tokenizer
     run_dir: Path
     checkpoint: Path
     progress: Progress
     evaluation: Evaluation | None
+    in_memory: HybridLM | None
+
+    @property
+    def model(self) -> HybridLM:
+        """The model as trained; read from the checkpoint where it was trained on a mesh."""
+        if self.in_memory is None:
+            self.in_memory = load_pretrained(self.checkpoint)
+        return self.in_memory
 
 
 @dataclass
@@ -60,8 +70,13 @@ class _Interval:
     sums: dict[str, float] = field(default_factory=dict)
     counts: torch.Tensor | None = None
 
-    def add(self, name: str, value: float) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + value
+    def add(self, found: StepResult, tokens: int) -> None:
+        self.steps += 1
+        self.tokens += tokens
+        for name in ("loss", "load_balancing", "router_z", "grad_norm"):
+            self.sums[name] = self.sums.get(name, 0.0) + getattr(found, name)
+        if found.expert_counts is not None:
+            self.counts = found.expert_counts if self.counts is None else self.counts + found.expert_counts
 
     def record(self, accumulation: int) -> dict[str, Any]:
         micro = self.steps * accumulation
@@ -111,47 +126,16 @@ def _build_model(config: TrainConfig, tokenizer: Tokenizer) -> HybridLM:
     return model.train()
 
 
-def _train_step(
-    model: HybridLM,
-    optimizer: torch.optim.Optimizer,
-    sampler: PackedSampler,
-    config: TrainConfig,
-    progress: Progress,
-    interval: _Interval,
-) -> float:
-    """One optimizer step: `accumulation` forwards and backwards, clipping, the update, the routers' biases.
+def _make_engine(config: TrainConfig, tokenizer: Tokenizer, world: World) -> Engine:
+    """The whole model in this process, or a rank's part of it."""
+    model = _build_model(config, tokenizer)
+    if world.size == 1 and not config.parallel.capacity_factor:
+        return LocalEngine(model, config)
+    from foldscan.parallel.engine import MeshEngine  # it imports much of torch.distributed
 
-    Returns:
-        The learning rate.
-    """
-    rate = learning_rate(config, progress.step, progress.seconds)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    counts: torch.Tensor | None = None
-    for _ in range(config.accumulation):
-        batch = sampler.next()
-        with autocast(config.precision):
-            parts = model.loss_parts(batch.input_ids, batch.labels, cu_seqlens=batch.cu_seqlens)
-        (parts.total / config.accumulation).backward()
-        interval.add("loss", float(parts.cross_entropy))
-        interval.tokens += batch.num_tokens
-        if parts.expert_counts is not None:
-            interval.add("load_balancing", float(parts.load_balancing))
-            interval.add("router_z", float(parts.router_z))
-            counts = parts.expert_counts if counts is None else counts + parts.expert_counts
-    limit = config.clip_norm or float("inf")
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
-    if not norm < float("inf"):
-        raise FloatingPointError(f"step {progress.step}: the gradient norm is {norm}; nothing was updated")
-    interval.add("grad_norm", norm)
-    optimizer.step()
-    if counts is not None:
-        interval.counts = counts if interval.counts is None else interval.counts + counts
-        if config.model.router_bias_rate:
-            model.update_router_bias(counts)
-    interval.steps += 1
-    return rate
+    if world.size == 1:
+        config = dataclasses.replace(config, parallel=config.parallel.alone())
+    return MeshEngine(model, config, world)
 
 
 def train(
@@ -176,59 +160,66 @@ def train(
         ValueError, FormatError: config, data or checkpoint do not fit together.
         FloatingPointError: a gradient is not finite.
     """
+    world = World.join(config.parallel.timeout)
+    try:
+        return _train(config, world, resume=resume or world.restarts > 0, data=data, listener=listener)
+    finally:
+        world.close()
+
+
+def _open_together(config: TrainConfig, world: World) -> PreparedData:
+    """Make the run's folder and, on first use, its data, in one process; then open the data in all."""
     run_dir = Path(config.run_dir)
-    existing = checkpoints(run_dir)
+    opened: list[PreparedData] = []
+
+    def first() -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(run_dir)
+        opened.append(open_data(config))
+
+    world.together(first)
+    return opened[0] if opened else open_data(config)
+
+
+def _train(
+    config: TrainConfig, world: World, *, resume: bool, data: PreparedData | None, listener: Listener | None
+) -> TrainResult:
+    run_dir = Path(config.run_dir)
+    existing = world.told(checkpoints(run_dir), list)
     if existing and not resume:
         raise FileExistsError(
             f"{run_dir} already holds checkpoints up to {existing[-1].name}; resume it or choose another"
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(run_dir)
-    opened = data or open_data(config)
-    model = _build_model(config, opened.tokenizer)
-    optimizer = make_optimizer(model, config)
+    opened = data or _open_together(config, world)
+    engine = _make_engine(config, opened.tokenizer, world)
     sampler = PackedSampler(
         opened.train, batch_tokens=config.batch_tokens, max_length=config.seq_length, seed=config.seed
     )
-    progress = Progress()
-    if existing:
-        progress = load_checkpoint(existing[-1], model, optimizer, sampler)
-    config.save(run_dir / "config.yaml")
-    write_environment(run_dir)
-    log = MetricsLog(run_dir, resume_step=progress.step, tensorboard=config.tensorboard)
-    if listener is not None:
-        listener.start(config, model, progress)
+    progress = load_checkpoint(existing[-1], engine, sampler, config) if existing else Progress()
+    reporter = _Reporter(config, progress, engine.num_parameters, listener) if world.is_main else None
     evaluation: Evaluation | None = None
 
     def run_evaluation() -> Evaluation | None:
         if opened.valid is None:
             return None
-        found = evaluate(
-            model,
-            opened.valid,
-            batch_tokens=config.batch_tokens,
-            seq_length=config.seq_length,
-            max_tokens=config.eval_tokens,
-            precision=config.precision,
-        )
-        record = {"loss": found.loss, "bits_per_byte": found.bits_per_byte, "tokens": found.tokens}
-        log.write("eval", progress.step, {**record, "seconds": progress.seconds})
-        if listener is not None:
-            listener.evaluation(progress.step, record)
+        found = engine.evaluate(opened.valid)
+        if reporter is not None:
+            reporter.evaluation(progress, found)
         return found
-
-    def write_checkpoint() -> Path:
-        return save_checkpoint(
-            run_dir, model, optimizer, sampler, progress, opened.tokenizer, keep=config.keep_checkpoints
-        )
 
     interval = _Interval()
     try:
         done = fraction_done(config, progress.step, progress.seconds)
         while done < 1:
             started = time.perf_counter()
-            rate = _train_step(model, optimizer, sampler, config, progress, interval)
-            elapsed = time.perf_counter() - started
+            rate = learning_rate(config, progress.step, progress.seconds)
+            batches = [sampler.next() for _ in range(config.accumulation)]
+            try:
+                interval.add(engine.step(batches, rate), config.step_tokens)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"step {progress.step}: {error}") from None
+            # A schedule may follow the clock, and there is to be one clock.
+            elapsed = world.told(time.perf_counter() - started, float)
             interval.seconds += elapsed
             progress.seconds += elapsed
             progress.tokens += config.step_tokens
@@ -240,27 +231,55 @@ def train(
                 return last or is_due(config, every, progress.step, before, after)
 
             if due(config.log_every):
-                record = {
-                    **interval.record(config.accumulation),
-                    "lr": rate,
-                    "tokens": progress.tokens,
-                    "epochs": sampler.epochs,
-                    "done": done,
-                    "seconds": progress.seconds,
-                }
-                log.write("train", progress.step, record)
-                if listener is not None:
-                    listener.step(progress.step, record)
+                if reporter is not None:
+                    record = {
+                        **interval.record(config.accumulation),
+                        "lr": rate,
+                        "epochs": sampler.epochs,
+                        "done": done,
+                    }
+                    reporter.step(progress, record)
                 interval = _Interval()
             if due(config.eval_every):
                 evaluation = run_evaluation()
             if due(config.checkpoint_every):
-                write_checkpoint()
+                save_checkpoint(world, engine, sampler, progress, opened.tokenizer, config)
         if evaluation is None:
             evaluation = run_evaluation()
     finally:
-        log.close()
+        if reporter is not None:
+            reporter.close()
+    model = engine.model()
+    if model is not None:
+        model.eval()
+    return TrainResult(opened.tokenizer, run_dir, checkpoints(run_dir)[-1], progress, evaluation, model)
+
+
+class _Reporter:
+    """What the main process leaves on the disk and tells its listener."""
+
+    def __init__(self, config: TrainConfig, progress: Progress, num_parameters: int, listener: Listener | None) -> None:
+        run_dir = Path(config.run_dir)
+        config.save(run_dir / "config.yaml")
+        write_environment(run_dir)
+        self._log = MetricsLog(run_dir, resume_step=progress.step, tensorboard=config.tensorboard)
+        self._listener = listener
         if listener is not None:
-            listener.stop()
-    model.eval()
-    return TrainResult(model, opened.tokenizer, run_dir, checkpoints(run_dir)[-1], progress, evaluation)
+            listener.start(config, num_parameters, progress)
+
+    def step(self, progress: Progress, record: dict[str, Any]) -> None:
+        record |= {"tokens": progress.tokens, "seconds": progress.seconds}
+        self._log.write("train", progress.step, record)
+        if self._listener is not None:
+            self._listener.step(progress.step, record)
+
+    def evaluation(self, progress: Progress, found: Evaluation) -> None:
+        record = {"loss": found.loss, "bits_per_byte": found.bits_per_byte, "tokens": found.tokens}
+        self._log.write("eval", progress.step, {**record, "seconds": progress.seconds})
+        if self._listener is not None:
+            self._listener.evaluation(progress.step, record)
+
+    def close(self) -> None:
+        self._log.close()
+        if self._listener is not None:
+            self._listener.stop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -18,9 +18,8 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
     return parameter.dim() >= 2 and "conv1d" not in name
 
 
-def make_optimizer(model: HybridLM, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) over all parameters in two groups."""
-    named = list(model.named_parameters())
+def make_optimizer(named: Sequence[tuple[str, torch.nn.Parameter]], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) over named parameters, or parts of them, in two groups."""
     groups = [
         {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
         {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
