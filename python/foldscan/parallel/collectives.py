@@ -69,17 +69,28 @@ def count_traffic() -> Iterator[Traffic]:
         _recording.remove(traffic)
 
 
+class PeerError(RuntimeError):
+    """Another rank is gone, or did not come in time."""
+
+
+def verdict(backend_says: str) -> str:
+    """What a backend's error means for the one who waited."""
+    if "imed out" in backend_says:
+        return "did not come in time: stalled, or dead on another machine"
+    if "onnection" in backend_says or "Read error" in backend_says:
+        return "is gone: its process died or left"
+    return "could not be reached"
+
+
 @contextlib.contextmanager
 def _explained(collective: str, group: Group) -> Iterator[None]:
-    """What a backend says of a peer that is gone or late, with who was waiting for whom."""
+    """Who was waiting for whom, before what the backend says of it."""
     try:
         yield
     except RuntimeError as error:
         others = [rank for rank in group.ranks if rank != group.ranks[group.index]]
-        reason = "too late" if "imed out" in str(error) or "imeout" in str(error) else "gone"
-        raise RuntimeError(
-            f"rank {group.ranks[group.index]}: {collective} over {group.axes} failed, one of the ranks {others} is "
-            f"{reason} ({str(error).strip().splitlines()[-1][:200]})"
+        raise PeerError(
+            f"in {collective} over {group.axes}, one of the ranks {others} {verdict(str(error))} ({error})"
         ) from error
 
 

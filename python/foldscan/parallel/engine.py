@@ -34,7 +34,7 @@ class MeshEngine:
 
     def __init__(self, whole: HybridLM, config: TrainConfig, world: World) -> None:
         self.config, self.world = config, world
-        self.groups = config.parallel.mesh(world.size).init_process_groups()
+        self.groups = config.parallel.mesh(world.size).init_process_groups(timeout=config.parallel.timeout)
         self._model = FoldedLM(whole.config, self.groups, config.parallel, recompute=config.activation_checkpointing)
         self._model.load_whole(whole.state_dict())
         self.num_parameters = whole.num_parameters()

@@ -138,18 +138,19 @@ class FoldedMesh:
         self._check_rank(rank)
         return self.attention.position(rank) | self.experts.position(rank)
 
-    def init_process_groups(self, device_type: str = "cpu") -> ProcessGroups:
+    def init_process_groups(self, device_type: str = "cpu", timeout: float | None = None) -> ProcessGroups:
         """Device meshes and process groups of this mesh; every rank of the default process group has to call it.
 
         Args:
             device_type: ``"cpu"`` (gloo) or ``"cuda"`` (NCCL).
+            timeout: seconds that a collective waits for a rank; None for torch.distributed's default.
 
         Raises:
             RuntimeError: torch.distributed is not initialised. ValueError: it has another world size.
         """
         from foldscan.parallel.process_groups import ProcessGroups
 
-        return ProcessGroups(self, device_type)
+        return ProcessGroups(self, device_type, timeout)
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.world_size:

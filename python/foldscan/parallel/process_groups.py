@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ class ProcessGroups:
             torch.distributed.
     """
 
-    def __init__(self, mesh: FoldedMesh, device_type: str = "cpu") -> None:
+    def __init__(self, mesh: FoldedMesh, device_type: str = "cpu", timeout: float | None = None) -> None:
         self.mesh, self.rank, self.device_type = mesh, 0, device_type
         self._made: dict[str, dist.ProcessGroup] = {}
         self.attention: DeviceMesh | None = None
@@ -44,7 +45,9 @@ class ProcessGroups:
                 f"world_size: got a mesh of {mesh.world_size}, want {dist.get_world_size()} as there are ranks"
             )
         self.rank = dist.get_rank()
-        self._made = {axes: _process_group(mesh.ranks(axes)) for axes in (*ATTENTION, "etp", "ep", "edp", *JOINT)}
+        self._made = {
+            axes: _process_group(mesh.ranks(axes), timeout) for axes in (*ATTENTION, "etp", "ep", "edp", *JOINT)
+        }
         self.attention = self._device_mesh(mesh.attention)
         self.experts = self._device_mesh(mesh.experts)
 
@@ -65,16 +68,18 @@ class ProcessGroups:
 
 
 _world: dist.ProcessGroup | None = None
-_known: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
+_known: dict[tuple[tuple[tuple[int, ...], ...], float | None], dist.ProcessGroup] = {}
 
 
-def _process_group(ranks: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
+def _process_group(ranks: tuple[tuple[int, ...], ...], timeout: float | None) -> dist.ProcessGroup:
     """This rank's process group of a division of the world; axes that divide it alike share one (a communicator is dear
     on a GPU). Every rank asks for the same divisions in the same order."""
     global _world
     if _world is not dist.group.WORLD:  # the default group was made anew, and its subgroups are gone
         _known.clear()
         _world = dist.group.WORLD
-    if ranks not in _known:
-        _known[ranks], _ = dist.new_subgroups_by_enumeration([list(group) for group in ranks])
-    return _known[ranks]
+    key = ranks, timeout
+    if key not in _known:
+        limit = None if timeout is None else timedelta(seconds=timeout)
+        _known[key], _ = dist.new_subgroups_by_enumeration([list(group) for group in ranks], timeout=limit)
+    return _known[key]

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from foldscan.parallel.collectives import PeerError, verdict
+
 _T = TypeVar("_T")
 
 
@@ -27,6 +29,10 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def name(self) -> str:
+        """For messages: which process this is; empty where there is one."""
+        return f"rank {self.rank} of {self.size}: " if self.size > 1 else ""
+
     @classmethod
     def join(cls, timeout: float) -> World:
         """The world that torchrun's environment describes, connected by gloo.
@@ -40,9 +46,15 @@ class World:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls(0, 1)
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-        return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+            limit = timedelta(seconds=timeout)
+            store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+            # torchrun's store outlives a restart: without a name of its own, the new processes would look for the dead
+            # ones, whose addresses are still in it.
+            store = dist.PrefixStore(f"foldscan/{restarts}", store)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+        return cls(dist.get_rank(), dist.get_world_size(), restarts)
 
     def together(self, work: Callable[[], None]) -> None:
         """Let the main process do something while the others wait.
@@ -73,6 +85,14 @@ class World:
         """Leave; the processes of a run that ended well leave together."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def explain(error: BaseException) -> str:
+    """What an error came from, past those who only say where they were when it reached them."""
+    while error.__cause__ is not None and not isinstance(error, PeerError):
+        error = error.__cause__
+    text = str(error)
+    return f"a neighbouring pipeline stage {verdict(text)} ({text})" if "gloo" in text[:40] else text
 
 
 def _as_error(said: tuple[type[BaseException], str] | None) -> BaseException | None:

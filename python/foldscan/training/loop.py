@@ -12,7 +12,7 @@ import torch
 
 from foldscan.data import PackedSampler, TokenFile, Tokenizer
 from foldscan.models import HybridLM, load_pretrained
-from foldscan.parallel.world import World
+from foldscan.parallel.world import World, explain
 from foldscan.training.checkpoint import Progress, checkpoints, clear_leftovers, load_checkpoint, save_checkpoint
 from foldscan.training.config import TrainConfig
 from foldscan.training.corpus import PreparedData, prepare
@@ -218,6 +218,8 @@ def _train(
                 interval.add(engine.step(batches, rate), config.step_tokens)
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {progress.step}: {error}") from None
+            except RuntimeError as error:
+                raise RuntimeError(f"{world.name()}step {progress.step}: {explain(error)}") from error
             # A schedule may follow the clock, and there is to be one clock.
             elapsed = world.told(time.perf_counter() - started, float)
             interval.seconds += elapsed
