@@ -5,6 +5,7 @@ from foldscan.models.files import FormatError
 from foldscan.models.hybrid_lm import HybridLM, LossParts
 from foldscan.models.layouts import CannotExpress
 from foldscan.models.pretrained import load_pretrained, save_pretrained
+from foldscan.models.upcycle import upcycle
 
 __all__ = [
     "CannotExpress",
@@ -14,4 +15,5 @@ __all__ = [
     "LossParts",
     "load_pretrained",
     "save_pretrained",
+    "upcycle",
 ]
