@@ -21,7 +21,8 @@ class ParallelConfig:
         zigzag: context ranks hold a piece from the front and one from the back, so that causal attention costs the same
             on each.
         stages_per_rank: pipeline stages on one rank; above 1 the schedule is interleaved 1F1B, else 1F1B.
-        capacity_factor: 0 for dropless; else an expert keeps ``ceil(tokens k / experts * factor)`` assignments.
+        capacity_factor: 0 for dropless; else an expert keeps ``ceil(tokens k / experts * factor)`` assignments in
+            training. An evaluation drops nothing.
         drop_policy: which: ``"probs"`` the most probable, ``"position"`` the earliest.
         drop_scope: ``"sequence"`` decides over all ranks that share a batch, the same for any tp and cp; with
             ``"rank"`` each decides by itself.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -93,12 +94,15 @@ class MeshEngine:
         batches = sequential_batches(
             file, batch_tokens=config.batch_tokens, max_length=config.seq_length, max_documents=documents
         )
-        for number, batch in enumerate(batches):
-            tokens += batch.num_tokens
-            if number % dp == mine:
-                with autocast(config.precision):
-                    losses = self._pipeline.token_losses(self._model.shard(batch))
-                nats += losses.double().sum()
+        empty = torch.zeros(0, dtype=torch.int64)
+        nothing = PackedBatch(empty, empty, torch.zeros(2, dtype=torch.int32))
+        while row := list(itertools.islice(batches, dp)):
+            tokens += sum(batch.num_tokens for batch in row)
+            # Experts may be shared along dp: a rank for which no batch is left takes part with no tokens.
+            batch = row[mine] if mine < len(row) else nothing
+            with autocast(config.precision):
+                losses = self._pipeline.token_losses(self._model.shard(batch))
+            nats += losses.double().sum()
         total = float(collectives.all_sum(nats, self.groups.group("tp-cp-dp-pp"), label="report"))
         return Evaluation(total, tokens, int(file.byte_starts[documents]), documents)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -74,7 +75,6 @@ class FoldedLM(nn.Module):
         self.runner = LayerRunner(config, options, groups.group, recompute=recompute)
         self.has_first, self.has_last = 0 in self.stages, self.num_stages - 1 in self.stages
         shape = (shares(config.vocab_size, mesh.tp)[self.tp.index], config.hidden_size)
-        self.vocab_start = sum(shares(config.vocab_size, mesh.tp)[: self.tp.index])
         self.embeddings = nn.Embedding(*shape) if self.has_first else None
         self.norm_f = RMSNorm(config.hidden_size, config.norm_eps) if self.has_last else None
         self.lm_head = (
@@ -152,7 +152,8 @@ class FoldedLM(nn.Module):
             layout = ContextLayout(total, cu, mesh.cp, zigzag=self.options.zigzag)
             indices = [layout.indices(i) for i in range(mesh.cp)]
             own = indices[self.cp_index]
-            context = ContextParallel(layout, self.groups.group("cp"), self.options.attention)
+            method = cast(Literal["ring", "all_gather"], self.options.attention)
+            context = ContextParallel(layout, self.groups.group("cp"), method)
             packing = Packing(layout.cu_seqlens(self.cp_index), longest, positions[own], context=context)
         mine = indices[self.cp_index]
         counts = shares(len(mine), mesh.tp)
@@ -184,7 +185,7 @@ class FoldedLM(nn.Module):
         if stage == 0:
             assert self.embeddings is not None
             x = vocab_parallel_embedding(
-                batch.ids, self.embeddings.weight, self.tp, batch.counts, vocab_start=self.vocab_start
+                batch.ids, self.embeddings.weight, self.tp, counts=batch.counts, vocab_size=self.config.vocab_size
             )
         assert x is not None
         x, found = self.runner(self.layers, self.stage_layers[stage], x, batch, scale, totals is not None)
@@ -201,7 +202,7 @@ class FoldedLM(nn.Module):
     def token_losses(self, hidden: torch.Tensor, batch: Microbatch) -> torch.Tensor:
         """(T_loc,) cross entropy of this rank's rows, 0 where the label is ignored."""
         return vocab_parallel_cross_entropy(
-            hidden, self.head_weight, batch.labels, self.tp, batch.counts, vocab_start=self.vocab_start
+            hidden, self.head_weight, batch.labels, self.tp, counts=batch.counts, vocab_size=self.config.vocab_size
         )
 
     def loss(self, hidden: torch.Tensor, batch: Microbatch) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -66,9 +66,16 @@ class Peers:
     """What an expert layer asks of the other ranks (`foldscan.nn.moe.ExpertPeers`)."""
 
     def __init__(
-        self, dispatcher: TokenDispatcher, dropping: Dropping | None, tp: Group, sequence: Group, batch: Microbatch
+        self,
+        dispatcher: TokenDispatcher | None,
+        dropping: Dropping | None,
+        tp: Group,
+        sequence: Group,
+        batch: Microbatch,
+        training: bool,
     ) -> None:
-        self.dispatcher, self.dropping, self.tp, self.sequence, self.batch = dispatcher, dropping, tp, sequence, batch
+        self.dispatcher, self.tp, self.sequence, self.batch, self.training = dispatcher, tp, sequence, batch, training
+        self.dropping = dropping if training else None  # an evaluation drops nothing
 
     def drop(self, probs: torch.Tensor, experts: torch.Tensor, num_experts: int) -> torch.Tensor:
         """The choice with -1 where capacity drops an assignment."""
@@ -80,8 +87,14 @@ class Peers:
         self, compute: Callable[..., torch.Tensor], x: torch.Tensor, probs: torch.Tensor, experts: torch.Tensor
     ) -> torch.Tensor:
         """The routed experts' sum for this rank's rows, which travel in the dtype that the experts compute in."""
-        x = x.to(compute_dtype(x))
-        return run(self.dispatcher, x, probs, experts, compute)
+        assert self.dispatcher is not None  # there is one where the pattern has an expert layer
+        x, rows = x.to(compute_dtype(x)), [len(places) for places in self.batch.places]
+        capacity = None
+        if self.dropping is not None:
+            capacity = self.dropping.capacity_of(max(rows), experts.shape[1], self.dispatcher.num_experts)
+        # In training every microbatch of the world has the same number of tokens.
+        equal = rows[0] if self.training and len(set(rows)) == 1 else None
+        return run(self.dispatcher, x, probs, experts, compute, capacity=capacity, tokens_per_rank=equal)
 
     def dense(self, layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """A layer that is divided over tp, on this rank's rows, which travel in the dtype that it computes in."""
@@ -182,18 +195,20 @@ class LayerRunner:
             if "E" in config.pattern
             else None
         )
-        self.dropping = (
-            Dropping(options.capacity_factor, options.drop_policy, options.drop_scope, pad=options.pad_to_capacity)
-            if options.capacity_factor
-            else None
-        )
+        self.dropping = None
+        if options.capacity_factor:
+            self.dropping = Dropping(
+                options.capacity_factor,
+                cast(Literal["probs", "position"], options.drop_policy),
+                cast(Literal["rank", "sequence"], options.drop_scope),
+                pad=options.pad_to_capacity,
+            )
 
     def __call__(
         self, layers: Layers, numbers: list[int], x: torch.Tensor, batch: Microbatch, aux_scale: float, stats: bool
     ) -> tuple[torch.Tensor, RouterShares]:
         """(T_loc, d) to the same; the gradient of the router losses is attached to what comes out."""
-        assert self.dispatcher is not None or "E" not in self.config.pattern
-        peers = Peers(self.dispatcher, self.dropping, self.tp, self.sequence, batch)  # type: ignore[arg-type]
+        peers = Peers(self.dispatcher, self.dropping, self.tp, self.sequence, batch, training=stats)
         zero = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         shares = RouterShares(zero, zero, {})
         for number in numbers:
