@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from foldscan.parallel.planner.cluster import Cluster, Constants
-from foldscan.parallel.planner.mapping import DISPATCHERS, Mapping, Workload
+from foldscan.parallel.planner.mapping import Mapping, Workload
 from foldscan.parallel.planner.shapes import SCAN_CHUNK, ModelShape
 from foldscan.parallel.planner.volumes import (
     Traffic,
@@ -39,7 +39,7 @@ TERMS = {
     "DP": "gradients and parameters of the distributed optimizer, exposed",
 }
 COMPUTE = ("attention", "mamba", "experts", "dense FFN", "memory-bound", "fixed")
-# Backward of the scan reads and writes 4 to 5 times what the forward pass does; everything memory-bound is counted twice.
+# The scan's backward pass moves 4 to 5 times the bytes of the forward pass; what is memory-bound is counted twice.
 SCAN_BYTES = (1 + 4.5) / 2
 # Ring attention hides behind the scores: 2.1 of the 3 passes over them are long enough to count.
 RING_HIDDEN = 2.1
@@ -53,7 +53,7 @@ class Machine:
     constants: Constants
 
     def gemm(self, rows: float, columns: float, depth: float, times: float = 1) -> float:
-        """``times`` products of (rows, depth) with (depth, columns); small sizes run below the efficiency of large ones."""
+        """``times`` products of (rows, depth) with (depth, columns). Small ones are less efficient than large ones."""
         c = self.constants
         if not rows * columns * depth * times:
             return 0.0
@@ -126,7 +126,7 @@ class StepModel:
         """
         m, tp, part, machine = self.model, self.mapping.tp, self.part, self.machine
         groups_state = m.mamba_groups * m.state
-        scanned = 6 * m.mamba_width + 8 * groups_state + 8 * m.mamba_groups * SCAN_CHUNK
+        scanned: float = 6 * m.mamba_width + 8 * groups_state + 8 * m.mamba_groups * SCAN_CHUNK
         scanned += 12 * m.mamba_width * m.state / SCAN_CHUNK + 26 * m.mamba_heads
         scanned += 4 * (m.mamba_width + 2 * groups_state)
         projections = machine.gemm(part, m.mamba_projected / tp, m.hidden)
@@ -268,17 +268,6 @@ class StepModel:
         if not mapping.sharded:
             times["DP"] = self.optimizer()
         return times
-
-
-def quickest_dispatcher(model: ModelShape, mapping: Mapping, work: Workload, machine: Machine) -> str:
-    """The dispatcher whose exchanges take least time; of equals the simplest, in the order of ``DISPATCHERS``."""
-    if "E" not in model.pattern:
-        return DISPATCHERS[0]
-    times = {}
-    for name in DISPATCHERS:
-        step = StepModel(model, mapping, work, machine, name)
-        times[name] = sum(step.exchanges(2 * step.tokens * model.top_k * model.hidden))
-    return min(times, key=lambda name: times[name])
 
 
 def mfu(model: ModelShape, mapping: Mapping, work: Workload, seconds: float, cluster: Cluster) -> float:

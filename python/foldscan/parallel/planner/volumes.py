@@ -254,7 +254,7 @@ def sharded_volume(parameters: float, ranks: int, *, stride: int = 1, element_by
 def step_volumes(
     model: ModelShape, mapping: Mapping, work: Workload, *, dispatcher: str = "alltoall", node: int = 8
 ) -> dict[str, Volume]:
-    """Bytes that a rank of the busiest pipeline stage sends in one step, bf16, by collective.
+    """Bytes that a rank of the longest pipeline stage sends in one step, bf16, by collective.
 
     Returns:
         ``ep``, ``etp``, ``probs``, ``tp``, ``cp``, ``pp``, ``dp`` and ``edp`` (dense and expert gradients and
@@ -319,10 +319,11 @@ def virtual_stages(model: ModelShape, mapping: Mapping, work: Workload) -> int:
 
 
 def stage_parameters(model: ModelShape, mapping: Mapping) -> tuple[float, float]:
-    """Dense and expert parameters of a rank of the largest stage, before any sharding over data parallelism.
+    """Most dense and most expert parameters of any rank, before sharding over data parallelism.
 
     Embedding and head are spread evenly over the stages, as arXiv:2504.14960's memory figures have it.
     """
-    stage = max(model.stages(mapping.pp), key=len)
-    dense = model.dense_parameters(stage) / mapping.tp + model.vocabulary_parameters / (mapping.tp * mapping.pp)
-    return dense, model.expert_parameters(stage) / (mapping.ep * mapping.etp)
+    stages = set(model.stages(mapping.pp))
+    dense = max(model.dense_parameters(stage) for stage in stages) + model.vocabulary_parameters / mapping.pp
+    expert = max(model.expert_parameters(stage) for stage in stages)
+    return dense / mapping.tp, expert / (mapping.ep * mapping.etp)
