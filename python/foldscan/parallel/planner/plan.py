@@ -156,8 +156,8 @@ def plan(
             found.append(_predict(shape, mapping, work, machine, needed))
     if smallest is None:
         raise ValueError(
-            f"gpus, gbs: no legal mapping of {shape.name} to {gpus} GPUs with {gbs} sequences of {seq}: dp has to divide "
-            "the batch, and tp, cp, ep, etp and pp heads, sequence, experts, ffn and layers"
+            f"gpus, gbs: no legal mapping of {shape.name} to {gpus} GPUs with {gbs} sequences of {seq}: dp has to "
+            "divide the batch, and tp, cp, ep, etp and pp heads, sequence, experts, ffn and layers"
         )
     if not found:
         raise ValueError(
