@@ -93,6 +93,7 @@ class Workload:
         vpp: model chunks a pipeline stage; None for as many as it has layers.
         tp_regather: tensor parallelism gathers its input again for the weight gradient (Megatron-LM: five passes), or
             keeps it (four).
+        context: keys and values go round in a ``"ring"``, or are gathered at once (``"allgather"``).
 
     Raises:
         ValueError: a field out of range.
@@ -105,6 +106,7 @@ class Workload:
     dispatcher: str = "alltoall"
     vpp: int | None = None
     tp_regather: bool = True
+    context: str = "ring"
 
     def __post_init__(self) -> None:
         for name in ("gbs", "seq", "mbs") + (("vpp",) if self.vpp is not None else ()):
@@ -115,6 +117,8 @@ class Workload:
             raise ValueError(f"skew: got {self.skew}, want max / mean, at least 1")
         if self.dispatcher not in (*DISPATCHERS, "auto"):
             raise ValueError(f"dispatcher: got {self.dispatcher!r}, want auto or one of {', '.join(DISPATCHERS)}")
+        if self.context not in ("ring", "allgather"):
+            raise ValueError(f"context: got {self.context!r}, want ring or allgather")
 
 
 def check_mapping(model: ModelShape, mapping: Mapping, work: Workload) -> None:

@@ -117,6 +117,7 @@ def plan(
     constants: str | Path | Constants | None = None,
     memory_limit: float | None = None,
     tp_regather: bool = True,
+    context: str = "ring",
 ) -> list[Prediction]:
     """Every legal mapping that fits in memory, the quickest first. See docs/planner.md for the model.
 
@@ -131,7 +132,7 @@ def plan(
         methods: which mappings to try (``mapping.METHODS``). A folded one that an unfolded one equals is left out.
         constants: ``"fitted"`` (default), ``"hand-set"``, a YAML file, or `Constants`.
         memory_limit: bytes a GPU; the cluster's by default.
-        tp_regather: as in `Workload`.
+        tp_regather, context: as in `Workload`.
 
     Returns:
         Predictions by step time; of equal ones in the order of enumeration.
@@ -144,7 +145,7 @@ def plan(
     if memory_limit is not None:
         hardware = replace(hardware, memory=memory_limit)
     machine = Machine(hardware, constants if isinstance(constants, Constants) else load_constants(constants))
-    work = Workload(gbs, seq, mbs, skew, dispatcher, vpp, tp_regather)
+    work = Workload(gbs, seq, mbs, skew, dispatcher, vpp, tp_regather, context)
     found, smallest = [], None
     for mapping in legal_mappings(shape, gpus, work, methods, hardware.gpus_per_node):
         if _has_twin(shape, mapping, methods):

@@ -111,11 +111,15 @@ class StepModel:
         scores = 4 * part * m.mean_keys(self.work.seq) * m.q_width / tp / peak
         projections = machine.gemm(part, (m.q_width + 2 * m.kv_width) / tp, m.hidden)
         projections += machine.gemm(part, m.hidden, m.q_width / tp)
-        ring = 3 * machine.gather(4 * part * m.kv_width / tp, self.mapping.cp, tp)
+        exchange = machine.gather(4 * part * m.kv_width / tp, self.mapping.cp, tp)
+        if self.work.context == "ring":
+            exposed = max(0.0, 3 * exchange - RING_HIDDEN * scores)
+        else:
+            exposed = 2 * exchange  # nothing can start before it is there
         return {
             "attention": 3 * (projections + scores),
             "TP": self.tensor_parallel(),
-            "CP": max(0.0, ring - RING_HIDDEN * scores),
+            "CP": exposed,
         }
 
     def mamba(self) -> dict[str, float]:

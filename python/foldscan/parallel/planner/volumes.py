@@ -252,9 +252,18 @@ def sharded_volume(parameters: float, ranks: int, *, stride: int = 1, element_by
 
 
 def step_volumes(
-    model: ModelShape, mapping: Mapping, work: Workload, *, dispatcher: str = "alltoall", node: int = 8
+    model: ModelShape,
+    mapping: Mapping,
+    work: Workload,
+    *,
+    dispatcher: str = "alltoall",
+    element_bytes: int = 2,
+    node: int = 8,
 ) -> dict[str, Volume]:
-    """Bytes that a rank of the longest pipeline stage sends in one step, bf16, by collective.
+    """Bytes that a rank of the longest pipeline stage sends in one step, by collective.
+
+    Args:
+        element_bytes: of activations. Gradients go in fp32 and parameters in bf16; with FSDP both in bf16.
 
     Returns:
         ``ep``, ``etp``, ``probs``, ``tp``, ``cp``, ``pp``, ``dp`` and ``edp`` (dense and expert gradients and
@@ -263,28 +272,36 @@ def step_volumes(
     stage = max(model.stages(mapping.pp), key=len)
     microbatches = work.gbs // (mapping.dp * work.mbs)
     found = {name: Volume() for name in ("ep", "etp", "probs", "tp", "cp", "pp", "dp", "edp")}
+    sizes = {"element_bytes": element_bytes, "node": node}
     for letter, times in Counter(stage).items():
-        for name, volume in block_volumes(model, letter, mapping, work, dispatcher=dispatcher, node=node).items():
+        for name, volume in block_volumes(model, letter, mapping, work, dispatcher=dispatcher, **sizes).items():
             found[name] += volume * (times * microbatches)
     tokens = work.mbs * work.seq / (mapping.tp * mapping.cp)
     chunks = virtual_stages(model, mapping, work)
-    pipeline = pipeline_volume(tokens, model.hidden, mapping.pp, chunks, stride=mapping.gpus // mapping.pp, node=node)
-    found["pp"] = pipeline * microbatches
+    stride = mapping.gpus // mapping.pp
+    found["pp"] = pipeline_volume(tokens, model.hidden, mapping.pp, chunks, stride=stride, **sizes) * microbatches
     dense, expert = stage_parameters(model, mapping)
     kind, times = (sharded_volume, microbatches) if mapping.sharded else (optimizer_volume, 1)
-    dense_ranks = mapping.dp * mapping.cp
-    found["dp"] = kind(dense, dense_ranks, stride=mapping.tp, node=node) * times
+    found["dp"] = kind(dense, mapping.dp * mapping.cp, stride=mapping.tp, node=node) * times
     found["edp"] = kind(expert, mapping.edp, stride=mapping.ep * mapping.etp, node=node) * times
     return found
 
 
 def block_volumes(
-    model: ModelShape, letter: str, mapping: Mapping, work: Workload, *, dispatcher: str = "alltoall", node: int = 8
+    model: ModelShape,
+    letter: str,
+    mapping: Mapping,
+    work: Workload,
+    *,
+    dispatcher: str = "alltoall",
+    element_bytes: int = 2,
+    node: int = 8,
 ) -> dict[str, Volume]:
-    """Bytes that a rank sends for one block and micro-batch, bf16, by collective."""
+    """Bytes that a rank sends for one block and micro-batch, by collective."""
     tp, cp = mapping.tp, mapping.cp
     part = work.mbs * work.seq / cp
     tokens = part / tp
+    sizes = {"element_bytes": element_bytes, "node": node}
     found = {}
     if letter == "E":
         found = dispatch_volumes(
@@ -296,17 +313,18 @@ def block_volumes(
             etp=mapping.etp,
             dispatcher=dispatcher,
             ep_stride=mapping.ep_stride,
-            node=node,
+            **sizes,
         )
     if letter != "E" or model.shared_ffn:
-        found["tp"] = tensor_volume(tokens, model.hidden, tp, regather=work.tp_regather, node=node)
+        found["tp"] = tensor_volume(tokens, model.hidden, tp, regather=work.tp_regather, **sizes)
     if letter == "*":
-        found["cp"] = context_ring_volume(part, model.kv_width / tp, cp, stride=tp, node=node)
+        exchange = context_ring_volume if work.context == "ring" else context_gather_volume
+        found["cp"] = exchange(part, model.kv_width / tp, cp, stride=tp, **sizes)
     if letter == "M":
         channels = (model.mamba_width + 2 * model.mamba_groups * model.state) / tp
         heads = model.mamba_heads / tp
         found["cp"] = context_scan_volume(
-            work.mbs, heads, model.mamba_head_dim, model.state, channels, model.conv, cp, stride=tp, node=node
+            work.mbs, heads, model.mamba_head_dim, model.state, channels, model.conv, cp, stride=tp, **sizes
         )
     return found
 
