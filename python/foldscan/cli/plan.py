@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dispatcher",
         default="alltoall",
-        choices=["alltoall", "allgather", "dedup", "auto"],
+        choices=["alltoall", "allgather", "dedup", "dedup-node", "auto"],
         help="of the expert layers; default: %(default)s",
     )
     parser.add_argument(

@@ -38,7 +38,7 @@ def recommend(model: ModelShape, mapping: Mapping, work: Workload, machine: Mach
 
     Gathering all tokens sends (EP - 1) T H, a copy for every chosen expert (EP - 1) / EP K T H: at ETP = 1 the first is
     less exactly where EP < K. One copy for every rank with a chosen expert sends (EP - 1) / EP u T H, where u is
-    `expected_ranks`.
+    `expected_ranks`; where a group spans nodes, one copy for every node saves more.
     """
     if "E" not in model.pattern:
         return None
@@ -74,6 +74,12 @@ def recommend(model: ModelShape, mapping: Mapping, work: Workload, machine: Mach
             f"{why}: gathering every token sends {ep - 1} T H a pass, a copy an expert "
             f"{_short((ep - 1) / ep * k)} T H; {saved:.0%} of the exchange time"
         )
+    elif chosen == "dedup-node":
+        nodes = ep // local_ranks(ep, mapping.ep_stride, node)
+        reason = (
+            f"the {k} experts of a token live on {expected_ranks(model.experts, k, nodes):.2f} of {nodes} nodes on "
+            f"average: one copy for each, passed on inside, saves {saved:.0%} of the exchange time"
+        )
     elif chosen == "dedup":
         reason = (
             f"the {k} experts of a token live on {distinct:.2f} of {ep} ranks on average: one copy for each instead of "
@@ -85,7 +91,7 @@ def recommend(model: ModelShape, mapping: Mapping, work: Workload, machine: Mach
             f"tokens nor leaving out duplicates saves more than {WORTH:.0%} of the exchange time"
         )
     local = local_ranks(ep, mapping.ep_stride, node)
-    if local < ep:
+    if local < ep and chosen != "dedup-node":
         nodes = ep // local
         hops = expected_ranks(model.experts, k, nodes)
         reason += f"; the group spans {nodes} nodes, of which a token needs {hops:.2f} on average"

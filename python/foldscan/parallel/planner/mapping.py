@@ -15,7 +15,7 @@ METHODS = {
     "fsdp": "parameters, gradients and optimizer sharded over data parallelism, tensor parallelism beside it",
     "fsdp-ep": "the same with expert parallelism",
 }
-DISPATCHERS = ("alltoall", "allgather", "dedup")
+DISPATCHERS = ("alltoall", "allgather", "dedup", "dedup-node")
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,8 @@ def plan(
         gpus: ranks.
         gbs, seq, mbs: sequences a step, tokens a sequence, sequences a micro-batch.
         skew: tokens of the busiest expert rank over the mean.
-        dispatcher: ``"alltoall"``, ``"allgather"``, ``"dedup"``, or ``"auto"``: the recommended one of every mapping.
+        dispatcher: ``"alltoall"``, ``"allgather"``, ``"dedup"``, ``"dedup-node"``, or ``"auto"``: the recommended one
+            of every mapping.
         vpp: model chunks a pipeline stage; None for as many as it has layers.
         methods: which mappings to try (``mapping.METHODS``). A folded one that an unfolded one equals is left out.
         constants: ``"fitted"`` (default), ``"hand-set"``, a YAML file, or `Constants`.

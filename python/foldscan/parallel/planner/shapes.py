@@ -119,7 +119,7 @@ class ModelShape:
         layers, width = self.layers, self.blocks_per_layer
         if layers % pp == 0:
             ends = [(i + 1) * (layers // pp) for i in range(pp)]
-        elif (layers + 2) % pp == 0:
+        elif (layers + 2) % pp == 0 and pp < layers + 2:
             ends = [(i + 1) * ((layers + 2) // pp) - 1 for i in range(pp - 1)] + [layers]
         else:
             raise ValueError(
@@ -212,8 +212,9 @@ class ModelShape:
         )
 
 
+@cache
 def read_data(name: str) -> dict[str, Any]:
-    """A YAML file of this package."""
+    """A YAML file of this package; not to be changed."""
     return yaml.safe_load((resources.files(__package__) / name).read_text(encoding="utf-8"))
 
 
@@ -222,8 +223,9 @@ def standard_models() -> dict[str, ModelShape]:
     """The models that the planner knows by name."""
     found = {}
     for name, values in read_data("models.yaml")["models"].items():
-        layers = values.pop("layers", 1)
-        found[name] = ModelShape(name=name, **{**values, "pattern": values["pattern"] * layers})
+        fields = {key: value for key, value in values.items() if key != "layers"}
+        fields["pattern"] *= values.get("layers", 1)
+        found[name] = ModelShape(name=name, **fields)
     return found
 
 

@@ -15,7 +15,7 @@ from foldscan.parallel.planner.volumes import (
     Traffic,
     all_to_all,
     context_scan_volume,
-    expected_ranks,
+    deduplicated,
     gather,
     stage_parameters,
     virtual_stages,
@@ -186,16 +186,19 @@ class StepModel:
     def exchanges(self, sent: float) -> tuple[float, float]:
         """Time of the EP and the ETP exchanges: dispatch and combine, forward and backward."""
         m, mapping, machine, skew = self.model, self.mapping, self.machine, self.work.skew
+        token_bytes = 2 * self.tokens * m.hidden
         gathered, arriving = sent * skew, sent * skew
-        if self.dispatcher == "allgather":
-            token_bytes = 2 * self.tokens * m.hidden
+        if self.dispatcher == "alltoall":
+            ep = machine.all_to_all(sent * skew, mapping.ep, mapping.ep_stride)
+        elif self.dispatcher == "allgather":
             ep = machine.gather(token_bytes, mapping.ep, mapping.ep_stride)
             gathered = mapping.ep * token_bytes
         else:
-            payload = sent * skew
-            if self.dispatcher == "dedup":
-                payload *= expected_ranks(m.experts, m.top_k, mapping.ep) / m.top_k
-            ep = machine.all_to_all(payload, mapping.ep, mapping.ep_stride)
+            node, by_node = machine.cluster.gpus_per_node, self.dispatcher == "dedup-node"
+            traffic = deduplicated(
+                token_bytes * skew, m.top_k, m.experts, mapping.ep, mapping.ep_stride, node, by_node=by_node
+            )
+            ep = machine.collective(traffic)
         etp = machine.gather(gathered, mapping.etp, 1) + machine.gather(arriving, mapping.etp, 1)
         return 4 * ep, 2 * etp
 

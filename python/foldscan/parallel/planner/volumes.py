@@ -86,6 +86,23 @@ def expected_ranks(experts: int, top_k: int, ranks: int) -> float:
     return ranks * (1 - comb(experts - experts // ranks, top_k) / comb(experts, top_k))
 
 
+def deduplicated(
+    row: float, top_k: int, experts: int, ranks: int, stride: int = 1, node: int = 8, *, by_node: bool = False
+) -> Traffic:
+    """A token of ``row`` bytes to the ranks that have its experts, once to each.
+
+    Args:
+        by_node: once to each node, to the rank there that stands as the sender does; that one passes it on.
+    """
+    local = local_ranks(ranks, stride, node)
+    distinct = expected_ranks(experts, top_k, ranks) * row
+    if not by_node:
+        return all_to_all(distinct, ranks, stride, node)
+    nodes = ranks // local
+    hops = expected_ranks(experts, top_k, nodes) * row
+    return Traffic(distinct * (local - 1) / local, hops * (nodes - 1) / nodes)
+
+
 def dispatch_volumes(
     tokens: float,
     top_k: int,
@@ -106,7 +123,8 @@ def dispatch_volumes(
         top_k, hidden, experts: K, H and E.
         ep, etp: group sizes. Ranks of an etp group are neighbours.
         dispatcher: ``"alltoall"`` sends T K rows of H each way; ``"allgather"`` gathers the T tokens of all ranks;
-            ``"dedup"`` sends a token once to every rank that has an expert of it.
+            ``"dedup"`` sends a token once to every rank that has an expert of it, ``"dedup-node"`` once to every node,
+            where it is passed on.
         element_bytes: of a feature.
         ep_stride: ranks between neighbours of the ep group; etp by default, as folded.
         node: GPUs of a node.
@@ -124,8 +142,9 @@ def dispatch_volumes(
     probs = all_to_all(tokens * scalars, ep, stride, node)
     if dispatcher == "alltoall":
         exchange = all_to_all(arriving, ep, stride, node)
-    elif dispatcher == "dedup":
-        exchange = all_to_all(expected_ranks(experts, top_k, ep) * tokens * row, ep, stride, node)
+    elif dispatcher != "allgather":
+        by_node = dispatcher == "dedup-node"
+        exchange = deduplicated(tokens * row, top_k, experts, ep, stride, node, by_node=by_node)
     else:
         exchange = gather(tokens * row, ep, stride, node)
         probs = gather(tokens * scalars, ep, stride, node)
