@@ -135,6 +135,8 @@ def test_reasons_name_the_terms_that_differ() -> None:
     assert text.startswith(f"{quicker:.1%} quicker than unfolded tp2 cp1 dp8 pp8 ep8 etp2 edp1: saves ")
     saved = {t: unfolded.terms[t] - folded.terms[t] for t in folded.terms}
     assert f"{1e3 * saved['ETP']:.0f} ms of ETP" in text and f"{1e3 * saved['EP']:.0f} ms of EP" in text
+    assert f"{1e3 * saved['bubble']:.3g} ms of bubble" in text and "spends" not in text  # DP's share is below 0.2 %
+    assert f"spends {-1e3 * saved['DP']:.3g} ms more on DP" in compare(folded, unfolded, least=1e-4)
     biggest = max(saved, key=lambda term: saved[term])
     assert text.split("saves ")[1].split(",")[0].endswith(f"of {biggest}")
     assert len(reasons(ranked)) == 2 and str(ranked[1].mapping) in reasons(ranked)[0]

@@ -224,9 +224,9 @@ def compare(better: Prediction, other: Prediction, least: float = 0.002) -> str:
     losses = sorted((t for t, d in differences.items() if -d > least * other.seconds), key=lambda t: differences[t])
     text = f"{other.seconds / better.seconds - 1:.1%} quicker than {other.mapping}"
     if gains:
-        text += ": saves " + ", ".join(f"{differences[t] * 1e3:.0f} ms of {t}" for t in gains)
+        text += ": saves " + ", ".join(f"{_milliseconds(differences[t])} of {t}" for t in gains)
     if losses:
-        text += "; spends " + ", ".join(f"{-differences[t] * 1e3:.0f} ms more on {t}" for t in losses)
+        text += "; spends " + ", ".join(f"{_milliseconds(-differences[t])} more on {t}" for t in losses)
     return text
 
 
@@ -239,6 +239,12 @@ def reasons(ranked: Sequence[Prediction]) -> list[str]:
     if unfolded is not None and unfolded is not winner and unfolded not in others:
         others.append(unfolded)
     return [compare(winner, other) for other in others]
+
+
+def _milliseconds(seconds: float) -> str:
+    """Three digits, or as many as a large number has."""
+    value = 1e3 * seconds
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
 def _predict(model: ModelShape, mapping: Mapping, work: Workload, machine: Machine, needed: Memory) -> Prediction:

@@ -55,7 +55,7 @@ def print_ranking(console: Console, ranked: Sequence[Prediction], top: int) -> N
             str(place[id(p)]),
             m.method,
             *(str(size) for size in (m.tp, m.cp, m.dp, m.pp, m.ep, m.etp, m.edp)),
-            f"{p.seconds:.3f}",
+            f"{p.seconds:.4g}",
             f"{100 * p.mfu:.1f}",
             f"{p.tflops:.0f}",
             f"{p.memory.total / 1e9:.1f}",
@@ -67,14 +67,14 @@ def print_ranking(console: Console, ranked: Sequence[Prediction], top: int) -> N
 
 def print_details(console: Console, p: Prediction) -> None:
     """One mapping: where its step goes, what a rank sends, memory, and the dispatcher that suits it."""
-    console.print(f"\n{p.mapping}, {p.dispatcher}: {p.seconds:.3f} s a step, MFU {100 * p.mfu:.1f} %")
+    console.print(f"\n{p.mapping}, {p.dispatcher}: {p.seconds:.4g} s a step, MFU {100 * p.mfu:.1f} %")
     table = Table(title="Step", title_justify="left")
     table.add_column("term")
     table.add_column("ms", justify="right")
     table.add_column("%", justify="right")
     for term, about in TERMS.items():
         if p.terms[term]:
-            table.add_row(about, f"{1e3 * p.terms[term]:.1f}", f"{100 * p.terms[term] / p.seconds:.1f}")
+            table.add_row(about, f"{1e3 * p.terms[term]:.4g}", f"{100 * p.terms[term] / p.seconds:.1f}")
     console.print(table)
 
     table = Table(title="GB a rank sends in a step", title_justify="left")
@@ -121,7 +121,7 @@ def print_scale(console: Console, points: Sequence[ScalePoint]) -> None:
             f"{point.gpus:,}",
             f"{point.gbs:,}",
             f"{100 * best.mfu:.1f}" if best else "-",
-            f"{best.seconds:.3f}" if best else "-",
+            f"{best.seconds:.4g}" if best else "-",
             str(best.mapping) if best else "none fits",
             f"{100 * other.mfu:.1f}" if other else "-",
             str(other.mapping) if other else "none fits",
