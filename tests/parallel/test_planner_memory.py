@@ -91,6 +91,23 @@ def test_micro_batches_in_flight(vpp: int, gbs: int) -> None:
     assert activations(model, mapping, work) == pytest.approx(expected, rel=1e-5)  # one row of logits beside it
 
 
+def test_last_stage_has_the_logits_and_fewest_micro_batches() -> None:
+    """Two stages of a layer, a chunk each: two micro-batches in flight on the first, one and the logits on the last."""
+    mapping, work = Mapping(2, pp=2), Workload(gbs=8, seq=16, vpp=1)
+    layer = block_activations(TINY, "*", mapping, work) + block_activations(TINY, "E", mapping, work)
+    logits = 6 * 16 * 2000
+    assert logits > layer
+    assert activations(replace(TINY, vocab=2000), mapping, work) == layer + logits
+    assert activations(replace(TINY, vocab=1), mapping, work) == 2 * layer
+
+
+def test_experts_without_a_gate_keep_one_projection_less() -> None:
+    mapping, work = Mapping(2, ep=2), Workload(gbs=8, seq=16)
+    gated = block_activations(replace(TINY, shared_ffn=40), "E", mapping, work)
+    plain = block_activations(replace(TINY, shared_ffn=40, gated_experts=False), "E", mapping, work)
+    assert gated - plain == 2 * (16 * 2 * 48 + 16 * 40)
+
+
 def test_skew_is_the_peak_of_expert_rows() -> None:
     model, mapping = load_model("qwen3-30b-a3b"), Mapping(64, ep=8)
     even, skewed = memory(model, mapping, Workload()), memory(model, mapping, Workload(skew=5.1))

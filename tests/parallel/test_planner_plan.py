@@ -16,6 +16,7 @@ from foldscan.parallel.planner import (
     Constants,
     Mapping,
     ModelShape,
+    NoMapping,
     Workload,
     check_mapping,
     compare,
@@ -105,6 +106,10 @@ def test_a_folded_mapping_that_needs_no_folding_is_listed_once() -> None:
     ranked = plan("mixtral-8x7b", gpus=32)
     key = [(m.tp, m.cp, m.ep, m.etp, m.pp) for m in (p.mapping for p in ranked) if m.cp == 1 and not m.sharded]
     assert len(set(key)) == len(key)
+    # With both cp and ep the groups lie elsewhere: these are two mappings, though their sizes are the same.
+    apart = {(m.method, m.tp, m.cp, m.ep, m.etp, m.pp) for m in (p.mapping for p in ranked)}
+    both = [sizes[1:] for sizes in apart if sizes[0] == "unfolded" and sizes[2] > 1 and sizes[3] > 1]
+    assert both and all(("folded", *sizes) in apart for sizes in both)
     twins = [p for p in ranked if p.mapping.method == "unfolded"]
     for twin in twins:
         m = twin.mapping
@@ -248,8 +253,9 @@ def test_mappings_that_do_not_divide_the_model(sizes: dict, work: dict, message:
     ],
 )
 def test_plan_refuses(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         plan("mixtral-8x22b", **options)
+    assert isinstance(caught.value, NoMapping) == ("no mapping" in message or "no legal mapping" in message)
 
 
 def test_fitted_constants_are_the_default() -> None:
@@ -364,6 +370,9 @@ def test_command_shows_one_mapping(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "tp=8"]) == 0
     out = capsys.readouterr().out
     assert "does not fit" in out and "quicker than folded tp8 cp1 dp16" in out
+    assert main(["plan", "--model", "mixtral-8x22b", "--gpus", "8", "--mapping", "ep=8"]) == 0  # nothing fits on eight
+    out = capsys.readouterr().out
+    assert "does not fit" in out and "quicker" not in out and "mappings fit" not in out
 
 
 def test_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -274,6 +274,31 @@ def test_hybrid_stage_is_the_slowest() -> None:
     assert whole["fixed"] == pytest.approx(2 * step["fixed"]) == pytest.approx(2 * 2 * FITTED.fixed)
 
 
+def test_mamba_block_by_hand() -> None:
+    """Projections as GEMMs of perfect efficiency, the scan by the bytes of an unfused kernel, backward 4.5 times."""
+    constants = replace(FITTED, gemm_efficiency=1.0, rows_half=0, columns_half=0)
+    model, mapping = load_model("nemotron-3-nano-30b-a3b"), Mapping(16, tp=2, cp=2)
+    times = StepModel(model, mapping, Workload(seq=8192), Machine(H100, constants)).mamba()
+    rows, h, hp, gn, q = 4096, 2688, 64 * 64, 8 * 128, 128
+    gemms = 2 * rows * h * (2 * hp + 2 * gn + 64) / 2 + 2 * rows * h * hp / 2
+    scanned = 6 * hp + 8 * gn + 8 * 8 * q + 12 * hp * 128 / q + 26 * 64 + 4 * (hp + 2 * gn)
+    assert times["mamba"] == pytest.approx(3 * gemms / H100.peak + 5.5 * scanned * rows / 2 / H100.hbm, rel=1e-12)
+    # One state of 32 heads in fp32 with its decay, and three rows of half of the channels.
+    sent = 32 * (64 * 128 + 1) * 4 + 3 * (hp + 2 * gn) / 2 * 2
+    assert times["CP"] == pytest.approx(2 * (sent / (H100.nvlink * 0.8) + 12e-6), rel=1e-12)
+
+
+def test_experts_without_a_gate_by_hand() -> None:
+    constants = replace(FITTED, gemm_efficiency=1.0, rows_half=0, columns_half=0)
+    model = load_model("nemotron-3-nano-30b-a3b")
+    times = StepModel(model, Mapping(8, ep=8), Workload(seq=512), Machine(H100, constants)).experts()
+    rows, h, f = 512 * 6, 2688, 1856
+    assert times["experts"] == pytest.approx(3 * 2 * 2 * rows * h * f / H100.peak, rel=1e-12)
+    assert times["dense FFN"] == pytest.approx(3 * 2 * 2 * 512 * h * 3712 / H100.peak, rel=1e-12)
+    moved = 2 * (2 * 512 * h + 2 * rows * h) + 4 * 2 * rows * h + 4 * rows * f
+    assert times["memory-bound"] == pytest.approx(2 * moved / H100.hbm, rel=1e-12)
+
+
 def test_uneven_stages_count_embedding_and_head_as_layers() -> None:
     model = load_model("qwen3-235b-a22b")
     assert [len(stage) // 2 for stage in model.stages(8)] == [11, 12, 12, 12, 12, 12, 12, 11]

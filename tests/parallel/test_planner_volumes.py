@@ -136,6 +136,11 @@ def test_etp_stage(etp: int) -> None:
         found = dispatch_volumes(tokens, top_k, hidden, experts=8, ep=ep, etp=etp, dispatcher=dispatcher)
         assert found["etp"].forward.total == (etp - 1) * (gathered + tokens * top_k) * hidden * 2
         assert found["etp"].backward == found["etp"].forward
+        # Probabilities go out with the rows and are not reduced with them; here 4 bytes for each of the K.
+        scalars = tokens * top_k
+        beside = (ep - 1) * scalars if dispatcher == "allgather" else scalars * (ep - 1) / ep
+        beside += (etp - 1) * scalars * (ep if dispatcher == "allgather" else 1)
+        assert found["probs"].forward.total == 4 * beside and found["probs"].backward == found["probs"].forward
 
 
 def test_unknown_dispatcher_is_named() -> None:

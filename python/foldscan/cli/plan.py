@@ -92,21 +92,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace, model: Any, options: dict[str, Any]) -> None:
-    from foldscan.parallel.planner import plan, predict, reasons
+    from foldscan.parallel.planner import NoMapping, plan, reasons
 
-    ranked = plan(
-        model,
-        arguments.cluster,
-        gpus=arguments.gpus,
-        gbs=arguments.gbs,
-        methods=arguments.methods.split(","),
-        **options,
-    )
-    asked = None
+    ranked, asked = [], None
     if arguments.mapping is not None:
-        machine = ranked[0].machine
-        mapping = _mapping(arguments.mapping, arguments.gpus)
-        asked = predict(model, mapping, ranked[0].work, machine.cluster, machine.constants)
+        asked = _asked(arguments, model)
+    try:
+        methods = arguments.methods.split(",")
+        ranked = plan(model, arguments.cluster, gpus=arguments.gpus, gbs=arguments.gbs, methods=methods, **options)
+    except NoMapping:
+        if asked is None or arguments.plot is not None:
+            raise
     if arguments.plot is not None:
         from foldscan.parallel.planner.plots import plot_mappings
 
@@ -119,7 +115,7 @@ def _plan(arguments: argparse.Namespace, model: Any, options: dict[str, Any]) ->
             "constants": arguments.constants or "fitted",
             "fitting_mappings": len(ranked),
             "ranking": [p.to_dict() for p in ranked[: arguments.top]],
-            "reasons": reasons(ranked),
+            "reasons": reasons(ranked) if ranked else [],
         }
         if asked is not None:
             value["asked"] = asked.to_dict()
@@ -128,9 +124,11 @@ def _plan(arguments: argparse.Namespace, model: Any, options: dict[str, Any]) ->
     from foldscan.parallel.planner.report import print_details, print_ranking, print_reasons
 
     console = _console()
-    print_ranking(console, ranked, arguments.top)
+    if ranked:
+        print_ranking(console, ranked, arguments.top)
     print_details(console, asked or ranked[0])
-    print_reasons(console, ranked, asked)
+    if ranked:
+        print_reasons(console, ranked, asked)
 
 
 def _scale(arguments: argparse.Namespace, model: Any, options: dict[str, Any]) -> None:
@@ -160,6 +158,29 @@ def _scale(arguments: argparse.Namespace, model: Any, options: dict[str, Any]) -
     from foldscan.parallel.planner.report import print_scale
 
     print_scale(_console(), points)
+
+
+def _asked(arguments: argparse.Namespace, model: Any) -> Any:
+    """The prediction for ``--mapping``, whether it fits or not."""
+    from dataclasses import replace
+
+    from foldscan.parallel.planner import Workload, load_cluster, load_constants, predict
+
+    work = Workload(
+        gbs=arguments.gbs,
+        seq=arguments.seq,
+        mbs=arguments.mbs,
+        skew=arguments.skew,
+        dispatcher=arguments.dispatcher,
+        vpp=arguments.vpp,
+        context=arguments.context,
+    )
+    cluster = load_cluster(arguments.cluster)
+    if arguments.memory is not None:
+        cluster = replace(cluster, memory=arguments.memory * 1e9)
+    return predict(
+        model, _mapping(arguments.mapping, arguments.gpus), work, cluster, load_constants(arguments.constants)
+    )
 
 
 def _mapping(text: str, gpus: int) -> Any:

@@ -4,7 +4,7 @@ from foldscan.parallel.planner.cluster import Cluster, Constants, load_cluster, 
 from foldscan.parallel.planner.dispatcher import Advice, recommend
 from foldscan.parallel.planner.mapping import Mapping, Workload, check_mapping, legal_mappings
 from foldscan.parallel.planner.memory import Memory, memory
-from foldscan.parallel.planner.plan import Prediction, ScalePoint, compare, plan, predict, reasons, scale
+from foldscan.parallel.planner.plan import NoMapping, Prediction, ScalePoint, compare, plan, predict, reasons, scale
 from foldscan.parallel.planner.shapes import ModelShape, load_model, standard_models
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Mapping",
     "Memory",
     "ModelShape",
+    "NoMapping",
     "Prediction",
     "ScalePoint",
     "Workload",

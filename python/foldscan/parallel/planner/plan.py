@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 DEFAULT_METHODS = ("folded", "unfolded", "fsdp", "fsdp-ep")
 
 
+class NoMapping(ValueError):
+    """No legal mapping, or none that fits in memory."""
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What a mapping should do. Modelled, not measured.
@@ -139,7 +143,8 @@ def plan(
         Predictions by step time; of equal ones in the order of enumeration.
 
     Raises:
-        ValueError: an argument that is wrong, no legal mapping, or none that fits (with what the smallest needs).
+        ValueError: an argument that is wrong.
+        NoMapping: no legal mapping, or none that fits (with what the smallest needs).
     """
     shape = _shape(model)
     hardware = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
@@ -157,12 +162,12 @@ def plan(
         if needed.total <= hardware.memory:
             found.append(_predict(shape, mapping, work, machine, needed))
     if smallest is None:
-        raise ValueError(
+        raise NoMapping(
             f"gpus, gbs: no legal mapping of {shape.name} to {gpus} GPUs with {gbs} sequences of {seq}: dp has to "
             "divide the batch, and tp, cp, ep, etp and pp heads, sequence, experts, ffn and layers"
         )
     if not found:
-        raise ValueError(
+        raise NoMapping(
             f"gpus: no mapping of {shape.name} to {gpus} GPUs fits in {hardware.memory / 1e9:.1f} GB; the smallest "
             f"({smallest[1]}) needs {smallest[0] / 1e9:.1f} GB"
         )
@@ -198,7 +203,7 @@ def scale(
         A point a count. The best folded mapping may be one that does without folding.
 
     Raises:
-        ValueError: as `plan`, but for counts without a mapping.
+        ValueError: as `plan`. A count without a mapping is no error.
     """
     shape = _shape(model)
     batches = [gbs] * len(gpus) if isinstance(gbs, int) else list(gbs)
@@ -208,9 +213,7 @@ def scale(
     for count, batch in zip(gpus, batches):
         try:
             ranked = plan(shape, cluster, gpus=count, gbs=batch, **{"methods": ("folded", "unfolded"), **options})
-        except ValueError as error:
-            if not str(error).startswith("gpus"):
-                raise
+        except NoMapping:
             ranked = []
         unfolded = next((p for p in ranked if p.mapping.method != "folded"), None)
         points.append(ScalePoint(count, batch, ranked[0] if ranked else None, unfolded))

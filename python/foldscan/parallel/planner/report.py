@@ -67,7 +67,7 @@ def print_ranking(console: Console, ranked: Sequence[Prediction], top: int) -> N
 
 def print_details(console: Console, p: Prediction) -> None:
     """One mapping: where its step goes, what a rank sends, memory, and the dispatcher that suits it."""
-    console.print(f"\n{p.mapping}, {p.dispatcher}: {p.seconds:.4g} s a step, MFU {100 * p.mfu:.1f} %")
+    console.print(f"\n{p.mapping}, {p.dispatcher}: modelled {p.seconds:.4g} s a step, MFU {100 * p.mfu:.1f} %")
     table = Table(title="Step", title_justify="left")
     table.add_column("term")
     table.add_column("ms", justify="right")
