@@ -1,7 +1,7 @@
 """How long a training step takes: rooflines for what computes, bandwidth and latency for what communicates.
 
 BF16, a backward pass of twice the forward GEMMs, no recomputation. The model is that of docs/planner.md; its constants
-are in constants.yaml and were fixed before any comparison with published figures.
+are in constants.yaml, which was committed before the calibration table and is not tuned to it since.
 """
 
 from __future__ import annotations
