@@ -27,7 +27,7 @@ LEVELS = list(commands(build_parser()))
 
 
 def test_the_commands_are_there() -> None:
-    assert {level[0] for level in LEVELS if level} == {"info", "data", "bench", "train", "generate", "demo"}
+    assert {level[0] for level in LEVELS if level} == {"info", "data", "bench", "train", "generate", "plan", "demo"}
     assert {level[1] for level in LEVELS if len(level) == 2} == {"list", "fetch", "prepare"}
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from foldscan.bench.options import add_arguments as add_bench_arguments
-from foldscan.cli import commands
+from foldscan.cli import commands, plan
 
 # Threads that wait should sleep, not spin: on a shared machine spinning costs the others, and us, several times the
 # speed. It must be set before torch loads its OpenMP, which nothing has done yet here; the user's own setting wins.
@@ -90,6 +90,12 @@ def build_parser() -> argparse.ArgumentParser:
     bench = subs.add_parser("bench", help="time the operators beside their peers; one JSON line a row")
     add_bench_arguments(bench)
     bench.set_defaults(run=commands.bench)
+
+    planner = subs.add_parser(
+        "plan", help="predict step time, bytes and memory of every way to divide a model over GPUs"
+    )
+    plan.add_arguments(planner)
+    planner.set_defaults(run=plan.run)
 
     demo = subs.add_parser("demo", help="train a small hybrid model on real text and write a report")
     demo.add_argument("--corpus", default="stdlib", help="stdlib (no download) or english; default: %(default)s")
