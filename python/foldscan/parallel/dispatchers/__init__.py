@@ -4,6 +4,7 @@ from foldscan.parallel.dispatchers.allgather import AllGatherDispatcher
 from foldscan.parallel.dispatchers.alltoall import AllToAllDispatcher
 from foldscan.parallel.dispatchers.contract import State, TokenDispatcher, run
 from foldscan.parallel.dispatchers.dedup import DedupDispatcher
+from foldscan.parallel.dispatchers.dropping import Dropping
 from foldscan.parallel.groups import Group
 
 DISPATCHERS: dict[str, type[TokenDispatcher]] = {
@@ -28,6 +29,7 @@ __all__ = [
     "AllGatherDispatcher",
     "AllToAllDispatcher",
     "DedupDispatcher",
+    "Dropping",
     "State",
     "TokenDispatcher",
     "make_dispatcher",
