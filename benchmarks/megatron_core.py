@@ -4,8 +4,8 @@
     megatron-env/bin/pip install --no-deps megatron-core==0.16.1 packaging
     megatron-env/bin/python benchmarks/megatron_core.py
 
-Megatron-Core's router and dispatchers call CUDA streams and events, which `without_cuda` replaces by nothing; its code is
-otherwise as published, without Transformer Engine. Every round runs both, one after the other; a time is that of the
+Megatron-Core's router and dispatchers call CUDA streams and events, which `without_cuda` replaces by nothing; its code
+is otherwise as published, without Transformer Engine. Every round runs both, one after the other; a time is that of the
 slower rank. Values must agree before anything is timed. The rows go to benchmarks/results/megatron.jsonl. (The file is
 not called megatron.py, which would hide the package.)
 """

@@ -63,7 +63,7 @@ def test_position_keeps_the_earliest_and_equal_probabilities_too() -> None:
 
 def test_errors_name_the_argument() -> None:
     probs, experts = routing(4, 2, 0)
-    whole = Dropping(1.0, scope="sequence")
+    whole, alone = Dropping(1.0, scope="sequence"), Group("cp", (0,), 0)
     for call, message in (
         (lambda: Dropping(0.0), "capacity_factor: got 0.0"),
         (lambda: Dropping(1.0, "random"), "policy: got 'random'"),  # type: ignore[arg-type]
@@ -71,7 +71,7 @@ def test_errors_name_the_argument() -> None:
         (lambda: Dropping(1.0, scope="sequence", pad=True), "pad: got True with scope='sequence'"),
         (lambda: whole.apply(probs, experts, E), "group: got None"),
         (
-            lambda: whole.apply(probs, experts, E, Group("cp", (0,), 0), torch.arange(3)),
+            lambda: whole.apply(probs, experts, E, alone, torch.arange(3)),
             "order: got shape .3,., want .4",
         ),
     ):

@@ -13,8 +13,8 @@ class AllGatherDispatcher(SlotDispatcher):
 
     Values sent by a rank of T tokens, forward: dispatch ``((EP - 1) T + (ETP - 1) EP T) H``; combine the rows of the
     other ETP members' tokens (``(ETP - 1) T k`` when routing is balanced) and ``(EP - 1) T`` sums, times D. Independent
-    of k but for the rows over ETP: the least where EP < k (arXiv:2504.14960, spec section 5.1). With ``tokens_per_rank``
-    nobody asks for the number of tokens.
+    of k but for the rows over ETP, so the least where EP < k. With ``tokens_per_rank`` nobody asks for the number of
+    tokens.
     """
 
     def _leave(self, state: State) -> State:

@@ -1,8 +1,8 @@
 """The six calls that every dispatcher answers, and what passes between them.
 
-MoE Parallel Folding, arXiv:2504.14960, section 3.3; the split into calls is Megatron-Core's. Tokens live on the ranks of
-the group EP; expert e lives on the EP member ``e // (E / EP)``, its hidden width sliced over the group ETP. Local work
-and communication are calls of their own, so that a schedule can put other work beside the latter.
+MoE Parallel Folding, arXiv:2504.14960, section 3.3; the split into calls is Megatron-Core's. Tokens live on the ranks
+of the group EP; expert e lives on the EP member ``e // (E / EP)``, its hidden width sliced over the group ETP. Local
+work and communication are calls of their own, so that a schedule can put other work beside the latter.
 
 **One order of sums.** All dispatchers give the same bits. A row that an expert computes is rounded to the activation
 dtype; then rows are added, each time in fp32 (fp64) and rounded once:
@@ -11,10 +11,10 @@ dtype; then rows are added, each time in fp32 (fp64) and rounded once:
 2. the rows of a token on one EP member, in the order of its slots;
 3. these sums over the EP members, in the order of the ranks.
 
-In backward the gradient of a token is the same sum over the gradients of its rows, and the gradient of a row is that of
-its token. Rows of one expert stand in the same order everywhere (ETP member, EP member, token, slot), so its weight
-gradients have the same bits as well where the expert layer's sums depend on nothing else (`foldscan.ops.moe_mlp` in fp32
-and bf16).
+In backward the gradient of a token is the same sum over the gradients of its rows, and the gradient of a row is that
+of its token. Rows of one expert stand in the same order everywhere (ETP member, EP member, token, slot), so its weight
+gradients have the same bits as well where the expert layer's sums depend on nothing else: `foldscan.ops.moe_mlp` in
+fp32 and bf16, but not in fp64, whose products are PyTorch's and may depend on how many rows there are.
 """
 
 from __future__ import annotations

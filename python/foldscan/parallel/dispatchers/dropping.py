@@ -1,4 +1,4 @@
-"""Which assignments are dropped before dispatch: capacity per rank or per sequence (arXiv:2504.14960, section 3.1.1)."""
+"""What is dropped before dispatch: capacity per rank or per sequence (arXiv:2504.14960, section 3.1.1)."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Dropping:
             raise ValueError(f"scope: got {self.scope!r}, want 'rank' or 'sequence'")
         if self.pad and self.scope == "sequence":
             raise ValueError(
-                "pad: got True with scope='sequence', where one rank may send all that an expert keeps of the sequence; "
-                "want scope='rank' or pad=False"
+                "pad: got True with scope='sequence', where one rank may send all that an expert keeps; want scope='rank' "
+                "or pad=False"
             )
 
     def capacity_of(self, num_tokens: int, k: int, num_experts: int) -> int | None:

@@ -1,8 +1,8 @@
 """Ways of rows from where tokens live to where their experts are, and back.
 
-A link has two directions. ``out`` copies: a token becomes its rows. ``back`` adds: a token's rows become one. Each is the
-adjoint of the other, so dispatch is ``out`` with ``back`` as its gradient, and combine is ``back`` with ``out`` as its
-gradient: one code for both, the same bytes and the same order of sums in forward and in backward.
+A link has two directions. ``out`` copies: a token becomes its rows. ``back`` adds: a token's rows become one. Each is
+the adjoint of the other, so dispatch is ``out`` with ``back`` as its gradient, and combine is ``back`` with ``out`` as
+its gradient: one code for both, the same bytes and the same order of sums in forward and in backward.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From arrived tokens, each with its slots, to rows of experts: what the dispatchers that send tokens have in common."""
+"""From arrived tokens, each with its slots, to rows of experts: what dispatchers that send tokens have in common."""
 
 from __future__ import annotations
 
