@@ -41,8 +41,8 @@ class Dropping:
             raise ValueError(f"scope: got {self.scope!r}, want 'rank' or 'sequence'")
         if self.pad and self.scope == "sequence":
             raise ValueError(
-                "pad: got True with scope='sequence', where one rank may send all that an expert keeps; want scope='rank' "
-                "or pad=False"
+                "pad: got True with scope='sequence', where one rank may send all that an expert keeps; want "
+                "scope='rank' or pad=False"
             )
 
     def capacity_of(self, num_tokens: int, k: int, num_experts: int) -> int | None:

@@ -20,6 +20,10 @@ from foldscan.parallel import collectives
 from foldscan.parallel.groups import Group
 
 
+# The C library maps blocks of this size anew each time, page by page; those of the kernels come from a pool.
+_MAPPED = 32 << 20
+
+
 class Link(Protocol):
     """``label`` names the rows in the count of bytes."""
 
@@ -32,11 +36,25 @@ def add_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Row n is the sum of the rows ``x[index[n, j]]`` from the first j to the last, in fp32 (fp64), rounded once.
 
     Args:
-        x: (R, H). index: (N, s) int64; -1 adds nothing. With s = 1 it is a gather.
+        x: (R, H). index: (N, s) int64; -1 adds nothing.
     """
     # Of how x was sorted only the inverse matters to the sum.
     unused = index.new_empty(x.shape[0])
     return ops.unpermute(x, Permutation(unused, index, unused, unused, None))
+
+
+def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``x[index]``, zeros where the index is -1.
+
+    Args:
+        x: (R, H). index: (N,) int64.
+    """
+    if x.shape[0] == 0 or index.shape[0] * x.shape[1] * x.element_size() >= _MAPPED:
+        return add_rows(x, index[:, None])
+    padding = index < 0
+    if not x.is_cuda and not bool(padding.any()):
+        return x.index_select(0, index)
+    return x.index_select(0, index.clamp(min=0)).masked_fill_(padding[:, None], 0)
 
 
 def sort_rows(keys: torch.Tensor, groups: int, capacity: int | None = None) -> Permutation:
@@ -59,7 +77,7 @@ class Copies:
     sums: tuple[torch.Tensor, ...]
 
     def out(self, x: torch.Tensor, label: str) -> torch.Tensor:
-        return add_rows(x, self.source[:, None])
+        return take_rows(x, self.source)
 
     def back(self, y: torch.Tensor, label: str) -> torch.Tensor:
         for index in self.sums:
