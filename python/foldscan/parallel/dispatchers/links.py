@@ -19,7 +19,6 @@ from foldscan.ops import Permutation
 from foldscan.parallel import collectives
 from foldscan.parallel.groups import Group
 
-
 # The C library maps blocks of this size anew each time, page by page; those of the kernels come from a pool.
 _MAPPED = 32 << 20
 
