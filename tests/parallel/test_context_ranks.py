@@ -182,6 +182,18 @@ def check_vocabulary(group: Group) -> None:
         right = right.grad.split(shares(V, group.size))[group.index]
         torch.testing.assert_close(got.grad, right, rtol=1e-10, atol=1e-10)
 
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = rows.detach().float().split(counts)[group.index].requires_grad_()
+        forward, backward = counted(
+            lambda: vocab_parallel_cross_entropy(rows, mine[1].detach().float(), targets, group, **known)
+        )
+    others = [i for i in range(group.size) if i != group.index]
+    own, theirs = counts[group.index], sum(counts[i] for i in others)
+    assert forward.bytes("all_gather", label="head") == own * len(others) * HIDDEN * 2
+    assert forward.bytes("all_to_all", label="loss") == theirs * 2 * 4
+    assert backward.bytes("reduce_scatter", label="head") == theirs * HIDDEN * 2
+    assert backward.bytes("all_to_all", label="loss") == own * len(others) * 2 * 4
+
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)

@@ -94,7 +94,8 @@ def test_long_documents_in_fp32(decay: float, monkeypatch: pytest.MonkeyPatch) -
         truth = on_one(oracle, *doubles, cu, upstream.double())
         eager = on_one(single, rows, weights, cu, upstream)
         for size in (2, 4) if cu[-1] > 100 else (4, 8):
-            got = on_ranks(local, rows, weights, ContextLayout(cu[-1], cu, size), upstream, monkeypatch)
+            layout = ContextLayout(cu[-1], cu, size, zigzag=size != 4)
+            got = on_ranks(local, rows, weights, layout, upstream, monkeypatch)
             assert_equal_to(truth[:1], got[:1], 1e-5, (cu, size))
             for name, g, e, t in zip(NAMES, got, eager, truth):
                 assert_budget(f"{name} of {size} ranks, {cu}", g.float(), e.float(), t, floors=2)

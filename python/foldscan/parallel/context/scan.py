@@ -1,25 +1,22 @@
 """State-space scan over documents that several ranks hold: states travel, never tokens.
 
 To what comes after it, a segment is an affine map of the state that enters it: S_out = a S_in + S_ext, a scalar a for
-each head. Every rank tells S_ext and log a of its segments, and composes those before its own; the scan itself then
-runs once, from the right states (state passing of arXiv:2405.21060, section 8.2, between ranks).
+each head. Every rank tells S_ext and log a of its segments, composes those before its own, and scans from the right
+states (state passing of arXiv:2405.21060, section 8.2, between ranks). Only a segment inside of one document is scanned
+twice, from zero for its S_ext and then from its S_in. That is not dearer than the two ways that spare it, S_ext by a
+matrix product before the scan, or C_t S_in added after it, and every state is the kernel's own.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch.autograd.function import once_differentiable
 
 from foldscan import ops
 from foldscan.ops._library import wide
 from foldscan.parallel import adjoint
-from foldscan.parallel.context.layout import ContextLayout, Segment
+from foldscan.parallel.context.layout import ContextLayout
 from foldscan.parallel.groups import Group
 from foldscan.reference.ssm import time_steps
-
-_BLOCK = 1024  # tokens whose weighted inputs exist at a time
 
 
 def context_scan(
@@ -59,140 +56,83 @@ def context_scan(
     for name, value in (("dt", dt), ("B", B), ("C", C), ("z", z)):
         if value is not None:
             layout.check_rows(name, value, rank, *["any"] * (value.dim() - 1))
-    sending = [[s for s in layout.segments(r) if s.is_continued] for r in range(layout.size)]
+
+    def scan(rows: slice, initial: torch.Tensor | None, final: bool) -> tuple[torch.Tensor, ...]:
+        """y of some rows, and with ``final`` the state (H, P, N) after them; ``initial`` reaches the first document."""
+        found = ops.mamba_chunk_scan_combined(
+            x[None, rows],
+            dt[None, rows],
+            A,
+            B[None, rows],
+            C[None, rows],
+            D=D,
+            z=None if z is None else z[None, rows],
+            dt_bias=dt_bias,
+            initial_states=None if initial is None else initial[None],
+            seq_idx=ids[None, rows],
+            dt_softplus=dt_softplus,
+            dt_limit=dt_limit,
+            return_final_states=final,
+        )
+        return tuple(t.squeeze(0) for t in (found if isinstance(found, tuple) else (found,)))
+
+    ids = layout.piece_ids(rank).to(x.device)
+    heads, width = x.shape[1], x.shape[1] * (x.shape[2] * B.shape[2] + 1)
+    own = [s for s in layout.segments(rank) if s.rows]
+    done: dict[int, torch.Tensor] = {}  # y after the first document of a segment, which no state reaches
+    told: list[torch.Tensor] = []
+    for s in own:
+        rest = slice(s.row + (s.first_rows if s.continues else 0), s.row + s.rows)
+        final: list[torch.Tensor] = []
+        if rest.start < rest.stop:
+            done[s.index], *final = scan(rest, None, s.is_continued)
+            log_decay = wide(A).new_zeros(heads)  # of nothing: what enters the segment does not leave it
+        elif s.is_inside:
+            rows = slice(s.row, s.row + s.rows)
+            _, *final = scan(rows, None, True)
+            log_decay = wide(A) * time_steps(dt[rows], dt_bias, dt_softplus, dt_limit).sum(0)
+        told += [torch.cat([state.flatten(), log_decay]) for state in final]
+
+    tellers = [[s.index for s in layout.segments(r) if s.is_continued] for r in range(layout.size)]
     entering: dict[int, torch.Tensor] = {}
-    if any(sending):
-        rows = [_summary(s, x, dt, A, B, dt_bias, dt_softplus, dt_limit) for s in sending[rank]]
-        own = torch.stack(rows) if rows else wide(x).new_zeros(0, x.shape[1] * (x.shape[2] * B.shape[2] + 1))
-        own = adjoint.depend(own, x, dt, A, B, dt_bias)
-        told = adjoint.all_gather(own, [len(s) for s in sending], group, label="states")
-        states, log_decays = told.split([told.shape[1] - x.shape[1], x.shape[1]], dim=1)
-        order = {s.index: i for i, s in enumerate(s for each in sending for s in each)}
-        states = states.unflatten(1, (*x.shape[1:], B.shape[2]))
-        entering = _compose(states, log_decays, order, layout, rank)
-        A = adjoint.depend(A, told)
-    parts = [
-        _scan(s, x, dt, A, B, C, layout, entering.get(s.index), D, z, dt_bias, dt_softplus, dt_limit)
-        for s in layout.segments(rank)
-        if s.rows
-    ]
+    if any(tellers):
+        # Alike to autograd on every rank, whether it tells something or not and uses what it is told or not.
+        mine = adjoint.depend(torch.stack(told) if told else wide(x).new_zeros(0, width), x, dt, A, B, dt_bias)
+        all_told = adjoint.all_gather(mine, [len(t) for t in tellers], group, label="states")
+        states, log_decays = all_told.split([width - heads, heads], dim=1)
+        maps = zip(states.unflatten(1, (*x.shape[1:], B.shape[2])).unbind(), log_decays.unbind())
+        entering = _compose(dict(zip((index for t in tellers for index in t), maps)), layout, rank)
+    parts = []
+    for s in own:
+        if s.continues:
+            parts.append(scan(slice(s.row, s.row + s.first_rows), entering[s.index], False)[0])
+        if s.index in done:
+            parts.append(done[s.index])
     if not parts:
-        return adjoint.depend(torch.empty_like(x), x, dt, A, B, C, D, z, dt_bias)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _scan(
-    segment: Segment,
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    layout: ContextLayout,
-    initial: torch.Tensor | None,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    softplus: bool,
-    limit: tuple[float, float],
-) -> torch.Tensor:
-    """One segment's scan, from the state that enters it."""
-    rows = slice(segment.row, segment.row + segment.rows)
-    ids = layout.piece_ids(segment.rank).to(x.device) if len(segment.bounds) > 2 else None
-    y = ops.mamba_chunk_scan_combined(
-        x[None, rows],
-        dt[None, rows],
-        A,
-        B[None, rows],
-        C[None, rows],
-        D=D,
-        z=None if z is None else z[None, rows],
-        dt_bias=dt_bias,
-        initial_states=None if initial is None else initial[None],
-        seq_idx=None if ids is None else ids[None, rows],
-        dt_softplus=softplus,
-        dt_limit=limit,
-    )
-    assert isinstance(y, torch.Tensor)  # no final states were asked for
-    return y.squeeze(0)
-
-
-def _summary(
-    segment: Segment,
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    dt_bias: torch.Tensor | None,
-    softplus: bool,
-    limit: tuple[float, float],
-) -> torch.Tensor:
-    """(H (P N + 1),): the state after the last document's tokens here from a zero state, then their log decay."""
-    end = segment.row + segment.rows
-    rows = slice(end - segment.last_rows, end)
-    delta = time_steps(dt[rows], dt_bias, softplus, limit).to(wide(x).dtype)
-    # Summed from the end, so that the decays of the last tokens, which count, are differences of no large numbers.
-    log_decay = (delta * wide(A)).flip(0).cumsum(0).flip(0)  # of the tokens from each on
-    after = torch.cat([log_decay[1:], torch.zeros_like(log_decay[:1])])
-    state = _WeightedState.apply(x[rows], torch.exp(after) * delta, B[rows])
-    return torch.cat([state.flatten(), log_decay[0]])
+        parts = [adjoint.depend(torch.empty_like(x), x, dt, A, B, C, D, z, dt_bias)]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return adjoint.depend(y, all_told) if any(tellers) else y
 
 
 def _compose(
-    states: torch.Tensor, log_decays: torch.Tensor, order: dict[int, int], layout: ContextLayout, rank: int
+    maps: dict[int, tuple[torch.Tensor, torch.Tensor]], layout: ContextLayout, rank: int
 ) -> dict[int, torch.Tensor]:
     """The state (H, P, N) that enters each segment of a rank that continues a document, by the segment's index.
 
     Args:
-        states, log_decays: (told, H, P, N) and (told, H). order: which of them is whose, by segment.
+        maps: S_ext (H, P, N) and log a (H) of the segments whose last document goes on.
     """
     entering: dict[int, torch.Tensor] = {}
-    state = states.new_zeros(states.shape[1:])
+    state: torch.Tensor | None = None  # after the segments so far
     wanted = [s.index for s in layout.segments(rank) if s.continues]
-    for segment in layout.all_segments[: max(wanted, default=-1) + 1]:
-        if segment.index in wanted:
-            entering[segment.index] = state
-        if segment.is_inside:
-            state = state * torch.exp(log_decays[order[segment.index], :, None, None]) + states[order[segment.index]]
-        elif segment.is_continued:
-            state = states[order[segment.index]]
+    for s in layout.all_segments[: max(wanted, default=-1) + 1]:
+        if s.index in wanted:
+            assert state is not None  # the document began in a segment before
+            entering[s.index] = state
+        if s.is_inside:
+            assert state is not None
+            added, log_decay = maps[s.index]
+            state = state * torch.exp(log_decay)[:, None, None] + added
+        elif s.is_continued:
+            state = maps[s.index][0]
     return entering
-
-
-class _WeightedState(torch.autograd.Function):
-    """sum_t w_t x_t B_t^T a head: x (L, H, P), w (L, H), B (L, G, N) to (H, P, N) in the dtype of w."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, w, B)
-        groups, state_size = B.shape[1:]
-        state = w.new_zeros(groups, x.shape[1] // groups * x.shape[2], state_size)
-        with torch.autocast(x.device.type, enabled=False):
-            for rows in _blocks(x.shape[0]):
-                state += _grouped(x[rows] * w[rows, :, None], groups).mT @ B[rows].to(w.dtype).transpose(0, 1)
-        return state.view(x.shape[1], x.shape[2], state_size)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dstate: torch.Tensor) -> Any:
-        x, w, B = ctx.saved_tensors
-        groups = B.shape[1]
-        dstate = dstate.reshape(groups, -1, B.shape[2])
-        dx, dw, dB = torch.empty_like(x), torch.empty_like(w), torch.empty_like(B)
-        with torch.autocast(x.device.type, enabled=False):
-            for rows in _blocks(x.shape[0]):
-                weighted = _grouped(x[rows] * w[rows, :, None], groups)
-                dB[rows] = (weighted @ dstate).transpose(0, 1)
-                seen = (B[rows].to(w.dtype).transpose(0, 1) @ dstate.mT).transpose(0, 1).reshape(x[rows].shape)
-                dx[rows] = seen * w[rows, :, None]
-                dw[rows] = (seen * x[rows]).sum(2)
-        return dx, dw, dB
-
-
-def _blocks(length: int) -> list[slice]:
-    return [slice(start, min(start + _BLOCK, length)) for start in range(0, length, _BLOCK)]
-
-
-def _grouped(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """(L, H, P) to (G, L, H / G P)."""
-    return x.reshape(x.shape[0], groups, -1).transpose(0, 1)
