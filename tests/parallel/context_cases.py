@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -10,9 +11,17 @@ from foldscan.parallel.context import ContextLayout
 from foldscan.parallel.groups import Group
 from simulated import run_ranks
 
+
+def random_batches(number: int, seed: int) -> list[tuple[int, ...]]:
+    """Cumulative lengths of a few documents, some of them empty."""
+    draw = random.Random(seed)
+    totals = [draw.choice([7, 23, 64, 100]) for _ in range(number)]
+    return [(0, *sorted(draw.choices(range(total + 1), k=draw.randrange(6))), total) for total in totals]
+
+
 # Cumulative lengths: one document, several of odd lengths with empty ones, boundaries on those of segments, of one
 # token each, fewer tokens than segments, one token, none.
-BATCHES = (
+BATCHES: tuple[tuple[int, ...], ...] = (
     (0, 37),
     (0, 0, 5, 5, 5, 16, 17, 29, 37, 37),
     (0, 8, 16, 24, 32),
@@ -21,6 +30,7 @@ BATCHES = (
     (0, 3, 5),
     (0, 1),
     (0, 0, 0),
+    *random_batches(4, 3),
 )
 SIZES = (1, 2, 3, 4, 8)
 Local = Callable[[list[torch.Tensor], list[torch.Tensor], ContextLayout, Group], torch.Tensor]

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
-from context_cases import BATCHES, SIZES
+from context_cases import BATCHES, SIZES, random_batches
 from foldscan.parallel.context import ContextLayout
 
-
-def random_batches() -> list[tuple[int, ...]]:
-    draw = random.Random(3)
-    batches = []
-    for _ in range(40):
-        total = draw.choice([0, 1, 2, 7, 23, 64, 100])
-        inner = sorted(draw.choices(range(total + 1), k=draw.randrange(6)))
-        batches.append((0, *inner, total))
-    return batches
-
-
-CASES = [(cu, size, zigzag) for cu in (*BATCHES, *random_batches()) for size in SIZES for zigzag in (True, False)]
+CASES = [(cu, size, zigzag) for cu in (*BATCHES, *random_batches(40, 5)) for size in SIZES for zigzag in (True, False)]
 
 
 def document_of(cu: tuple[int, ...], position: int) -> int:

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from foldscan import ops
+from foldscan.nn.packing import Context
 from foldscan.parallel.context.attention import gathered_attention, ring_attention
 from foldscan.parallel.context.conv import context_conv
 from foldscan.parallel.context.layout import ContextLayout, Segment
@@ -31,8 +32,8 @@ __all__ = [
 ]
 
 
-class ContextParallel:
-    """What `foldscan.nn` asks of a packed batch that is divided over ranks (``nn.Context``).
+class ContextParallel(Context):
+    """What `foldscan.nn` asks of a packed batch that is divided over ranks.
 
     Args:
         layout: of this batch. group: the cp group, of ``layout.size`` ranks.
