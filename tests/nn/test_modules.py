@@ -156,6 +156,33 @@ def test_attention_is_its_softmax(theta: float | None, window: int | None) -> No
     compare(attention, oracle, torch.randn(sum(lengths), 13), packing(*lengths))
 
 
+def test_fp64_is_not_rounded_on_the_way() -> None:
+    """A change far below fp32's resolution changes what comes out, and the gradients of parameters say by how much."""
+    mamba = Mamba2Mixer(6, num_heads=4, head_dim=3, num_groups=2, state_size=5)
+    moe = MoE(6, Router(6, 4, 2, score="sigmoid", bias=True), intermediate_size=5)
+    for module, arguments in ((mamba, (packing(2, 5),)), (moe, ())):
+        module = randomise(module).double()
+        x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+
+        def loss(module: nn.Module = module, x: torch.Tensor = x, arguments: tuple[object, ...] = arguments):
+            out = module(x, *arguments)
+            return (out[0] if isinstance(out, tuple) else out).sin().sum()
+
+        loss().backward()
+        for name, p in [("x", x), *module.named_parameters()]:
+            step, grad = 1e-6 * torch.randn_like(p), p.grad
+            assert grad is not None and grad.dtype == torch.float64
+            with torch.no_grad():
+                p += step
+                above = loss()
+                p -= 2 * step
+                difference = above - loss()
+                p += step
+            assert abs(float(difference - 2 * (grad * step).sum())) < 1e-6 * float((2 * (grad * step)).norm() + 1e-9), (
+                name
+            )
+
+
 def test_rmsnorm() -> None:
     def oracle(m: RMSNorm, x: torch.Tensor) -> torch.Tensor:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * m.weight

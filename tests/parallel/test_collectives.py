@@ -123,6 +123,21 @@ def test_one_rank_needs_no_process_group() -> None:
     assert traffic.bytes() == 0
 
 
+def test_what_is_depended_on_gets_zeros() -> None:
+    """So that a rank that used nothing of what it got still comes to the backward of the collective that brought it."""
+    x, used = torch.randn(3, requires_grad=True), torch.randn(2, 2, requires_grad=True)
+    unused = used * 2
+    seen: list[torch.Tensor] = []
+    unused.register_hook(seen.append)
+    out = adjoint.depend(x, unused, None)
+    assert torch.equal(out, x)
+    (out * 3).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.full((3,), 3.0))
+    assert used.grad is not None and torch.equal(used.grad, torch.zeros(2, 2))
+    assert len(seen) == 1
+    assert adjoint.depend(x.detach(), used).requires_grad and not adjoint.depend(x.detach(), None).requires_grad
+
+
 def test_errors_name_the_argument() -> None:
     group = Group("tp", (0,), 0)
     x = torch.zeros(3, 2)

@@ -6,7 +6,7 @@ from foldscan.nn.linear import Linear, RMSNorm
 from foldscan.nn.mamba2 import GatedRMSNorm, Mamba2Mixer
 from foldscan.nn.mlp import MLP
 from foldscan.nn.moe import Experts, MoE, Router, RouterStats
-from foldscan.nn.packing import Packing, check_cu_seqlens, positions_of
+from foldscan.nn.packing import Context, Packing, check_cu_seqlens, positions_of
 from foldscan.nn.rotary import RotaryEmbedding
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Attention",
     "AttentionCache",
     "CacheStep",
+    "Context",
     "Experts",
     "GatedRMSNorm",
     "HybridCache",

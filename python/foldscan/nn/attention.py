@@ -64,7 +64,9 @@ class Attention(nn.Module):
         if self.rotary is not None:
             qk = self.rotary(qk, packing.position_ids, packing.max_seqlen if step is None else step.max_seqlen_k)
         q, k = qk.tensor_split([self.num_heads], dim=1)
-        if cache is None or step is None:
+        if packing.context is not None:
+            out = packing.context.attention(q, k, v, self.window)
+        elif cache is None or step is None:
             cu, longest = packing.cu_seqlens, packing.max_seqlen
             out = ops.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True, window_size=self.window)
         else:

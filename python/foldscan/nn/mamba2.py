@@ -11,6 +11,7 @@ from foldscan import ops
 from foldscan.nn.cache import MambaCache
 from foldscan.nn.linear import Linear
 from foldscan.nn.packing import Packing
+from foldscan.ops._library import wide
 
 
 class GatedRMSNorm(nn.Module):
@@ -85,6 +86,8 @@ class Mamba2Mixer(nn.Module):
 
     def _convolve(self, xbc: torch.Tensor, packing: Packing, cache: MambaCache | None) -> torch.Tensor:
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        if packing.context is not None:
+            return packing.context.convolve(xbc, weight, bias)
         channels_first = xbc.t().unsqueeze(0)  # (1, conv_dim, T), a view: channels stay the fast axis
         if cache is None or packing.cache is None:
             out = ops.causal_conv1d_fn(channels_first, weight, bias, activation="silu", cu_seqlens=packing.cu_seqlens)
@@ -113,8 +116,10 @@ class Mamba2Mixer(nn.Module):
         packing: Packing,
         cache: MambaCache | None,
     ) -> torch.Tensor:
-        A = -torch.exp(self.A_log.float())
-        D, dt_bias = self.D.float(), self.dt_bias.float()
+        A = -torch.exp(wide(self.A_log))
+        D, dt_bias = wide(self.D), wide(self.dt_bias)
+        if packing.context is not None:
+            return packing.context.scan(x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_limit=self.time_step_limit)
         if cache is None or packing.cache is None:
             y = ops.mamba_chunk_scan_combined(
                 x[None],

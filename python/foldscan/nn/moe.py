@@ -12,6 +12,7 @@ from torch import nn
 from foldscan import ops
 from foldscan.nn.linear import Linear
 from foldscan.nn.mlp import MLP
+from foldscan.ops._library import wide
 
 
 @dataclass
@@ -49,7 +50,7 @@ class ExpertPeers(Protocol):
 
 
 class Router(nn.Module):
-    """Scores tokens against experts in fp32, whatever the autocast, and picks the best k."""
+    """Scores tokens against experts in fp32 (fp64 for fp64), whatever the autocast, and picks the best k."""
 
     e_score_correction_bias: torch.Tensor | None
 
@@ -78,16 +79,16 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(num_experts) if bias else None)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(T, d) to logits (T, experts) fp32, probabilities (T, k) fp32 and experts (T, k)."""
+        """(T, d) to logits (T, experts) and probabilities (T, k) in at least fp32, and experts (T, k)."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = ops.linear(x.float(), self.weight.float())
+            logits = ops.linear(wide(x), wide(self.weight))
         bias = self.e_score_correction_bias
         probs, experts = ops.topk_route(
             logits,
             self.top_k,
             score=self.score,
             pre_softmax=self.pre_softmax,
-            bias=None if bias is None else bias.float(),
+            bias=None if bias is None else wide(bias),
             num_groups=self.num_groups,
             groups_topk=self.groups_topk,
             scaling=self.scaling,

@@ -3,10 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from foldscan.nn.cache import CacheStep
+
+
+class Context(Protocol):
+    """Computes what tokens take from others, where the rows here are only a part of the batch (context parallelism).
+
+    Everything is causal and ends at the boundaries of sequences; rows are those of this part.
+    """
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window_size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Attention: (T, Hq, D), (T, Hkv, D), (T, Hkv, Dv) to (T, Hq, Dv)."""
+        ...
+
+    def convolve(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Depthwise convolution with SiLU: (T, C), (C, W), (C) to (T, C)."""
+        ...
+
+    def scan(
+        self,
+        x: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        *,
+        D: torch.Tensor | None,
+        z: torch.Tensor | None,
+        dt_bias: torch.Tensor | None,
+        dt_limit: tuple[float, float],
+    ) -> torch.Tensor:
+        """Mamba-2 scan: (T, H, P), (T, H), (H), twice (T, G, N) to (T, H, P); softplus on dt + dt_bias."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -15,15 +49,25 @@ class Packing:
 
     Attributes:
         cu_seqlens: (n + 1,) int32, starts of the sequences, then T.
-        max_seqlen: the longest of them.
+        max_seqlen: the longest of them, above all ``position_ids`` without a cache.
         position_ids: (T,) int64, place of each token in its sequence, tokens in the cache counted.
         cache: the step of a cache that this forward fills, or None.
+        context: what mixes tokens where these are only a part of the batch, or None. The fields above are then about
+            this part, but ``position_ids`` count from the sequences' own starts.
+
+    Raises:
+        ValueError: both a cache and a context.
     """
 
     cu_seqlens: torch.Tensor
     max_seqlen: int
     position_ids: torch.Tensor
     cache: CacheStep | None = None
+    context: Context | None = None
+
+    def __post_init__(self) -> None:
+        if self.cache is not None and self.context is not None:
+            raise ValueError("context: got one beside a cache, want one or the other")
 
 
 def positions_of(cu_seqlens: torch.Tensor, total: int, offsets: torch.Tensor | None = None) -> torch.Tensor:

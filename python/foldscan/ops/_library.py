@@ -129,6 +129,11 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return cast if cast is not None and x.dtype != torch.float64 else x.dtype
 
 
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in at least fp32: fp64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def is_recording() -> bool:
     """True while torch.compile or export traces: no caches, no data-dependent Python."""
     return torch.compiler.is_compiling()

@@ -282,6 +282,42 @@ def attend(
     return (out.to(torch.float16) if half else out), lse
 
 
+def attend_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What some of the keys of an attention contribute to its gradient.
+
+    Args:
+        dout, out: (total_q, Hq, Dv) and lse (Hq, total_q): of the attention over all its keys, so that the
+            contributions of disjoint sets of keys add up.
+        q, k, v: (total_q, Hq, D), (total_k, Hkv, D), (total_k, Hkv, Dv), one dtype, as in ``flash_attn_varlen_func``.
+
+    Returns:
+        dq, dk, dv in the dtype of q.
+    """
+    flags = (softmax_scale, softcap, *_window(causal, (-1, -1)))
+    if not use_native(dout, q, k, v, out, lse):
+        from foldscan.reference import attention as reference
+
+        return reference.attention_backward(dout, q, k, v, out, lse, cu_q, cu_k, *flags)
+    dtype = q.dtype
+    if dtype == torch.float16:
+        dout, q, k, v, out = (t.float() for t in (dout, q, k, v, out))
+    tensors = (dout.contiguous(), None, dense(q), dense(k), dense(v), out.contiguous(), lse.contiguous(), cu_q, cu_k)
+    dq, dk, dv, _ = kernels.attention_backward(*tensors, None, *flags)
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+
+
 def dense(t: torch.Tensor) -> torch.Tensor:
     """Dense in the last dimension; the other strides are free."""
     return t if t.stride(-1) == 1 else t.contiguous()

@@ -52,6 +52,26 @@ class _ReduceScatter(torch.autograd.Function):
         return collectives.all_gather(grads[0], counts, group, label=label), None, None, None
 
 
+class _Depend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        ctx.likes = [(other.new_empty(()), other.shape) for other in others]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0], *(torch.zeros_like(one).expand(shape) for one, shape in ctx.likes)
+
+
+def depend(x: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+    """x, which to autograd is a function of the others too, with derivative zero.
+
+    A collective's backward is a collective: every rank has to come to it, also one that made nothing of what it got or
+    had nothing to send.
+    """
+    return _Depend.apply(x, *(other for other in others if other is not None))
+
+
 def all_to_all(
     x: torch.Tensor, send: Sequence[int], receive: Sequence[int], group: Group, *, label: str = "rows"
 ) -> torch.Tensor:

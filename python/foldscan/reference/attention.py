@@ -100,6 +100,49 @@ def attention(
     return out, lse if wide == torch.float64 else lse.float()
 
 
+def attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    scale: float,
+    softcap: float,
+    window_left: int,
+    window_right: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv of attention whose ``out`` and ``lse`` are given, and may be over more keys than k holds.
+
+    P = exp(S - lse), D_i = dout_i . out_i, dS = P (dout V^T - D), dV = P^T dout, dQ = scale dS K, dK = scale dS^T Q.
+    Source: FlashAttention-2, arXiv:2307.08691, algorithm 2.
+    """
+    wide = q.dtype if q.dtype in (torch.float32, torch.float64) else torch.float32
+    dq, dk, dv = (torch.zeros_like(t, dtype=wide, memory_format=torch.contiguous_format) for t in (q, k, v))
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    group = q.shape[1] // k.shape[1]
+    for s in range(len(starts_q) - 1):
+        rows, keys = slice(*starts_q[s : s + 2]), slice(*starts_k[s : s + 2])
+        queries, length = starts_q[s + 1] - starts_q[s], starts_k[s + 1] - starts_k[s]
+        seen = visible_keys(queries, length, window_left, window_right, q.device)
+        for h in range(q.shape[1]):
+            qs, ks, vs = q[rows, h].to(wide), k[keys, h // group].to(wide), v[keys, h // group].to(wide)
+            upstream, result = dout[rows, h].to(wide), out[rows, h].to(wide)
+            scores = qs @ ks.T * scale
+            slope = torch.ones_like(scores)
+            if softcap > 0:
+                bent = torch.tanh(scores / softcap)
+                scores, slope = softcap * bent, 1 - bent.square()
+            probs = torch.exp(scores - lse[h, rows, None].to(wide)).masked_fill(~seen, 0.0)
+            dscores = probs * (upstream @ vs.T - (upstream * result).sum(1, keepdim=True)) * slope * scale
+            dq[rows, h] = dscores @ ks
+            dk[keys, h // group] += dscores.T @ qs
+            dv[keys, h // group] += probs.T @ upstream
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
 def rotary(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, interleaved: bool
 ) -> torch.Tensor:
