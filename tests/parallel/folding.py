@@ -58,7 +58,7 @@ CONFIG = HybridConfig(
 
 
 def optimizer_for(named: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
-    # The first update of AdamW is the sign of the gradient, uncertain where that is rounding noise; eps makes it smooth.
+    # AdamW's first update is the gradient's sign, uncertain where that is rounding noise; eps makes it smooth.
     return torch.optim.AdamW([p for _, p in named], lr=1e-3, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.1)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from foldscan.models.config import HybridConfig
-from foldscan.models.hybrid_lm import HybridLM
+from foldscan.models.hybrid_lm import Block, HybridLM
 from foldscan.nn import MLP, MoE
 
 
@@ -73,8 +73,10 @@ def upcycle(
         state = {name: tensor for name, tensor in model.state_dict().items() if _layer_of(name) not in chosen}
         new.load_state_dict(state, strict=False)
         for i in chosen:
-            _copy(model.layers[i].mixer, new.layers[i].mixer, config, num_experts, granularity, generator)
-            new.layers[i].norm.load_state_dict(model.layers[i].norm.state_dict())
+            before, after = model.layers[i], new.layers[i]
+            assert isinstance(before, Block) and isinstance(after, Block)
+            after.norm.load_state_dict(before.norm.state_dict())
+            _copy(before.mixer, after.mixer, config, num_experts, granularity, generator)
     return new.train(model.training)
 
 
