@@ -43,8 +43,8 @@ def ring_attention(
 
     Returns:
         (T_loc, Hq, Dv) in q's dtype (autocast's inside autocast). Differentiable once; backward sends the ring round
-        again. Parts are merged in fp32 (fp64) in a fixed order. Sent by a rank: (size - 1) times its share of K and V
-        forward, and of K, V, dK and dV backward.
+        again. Parts are merged in fp32 (fp64) in a fixed order; dK and dV travel in q's dtype and are rounded to it at
+        each rank. Sent by a rank: (size - 1) times its share of K and V forward, and of K, V, dK and dV backward.
 
     Raises:
         ValueError: shapes, or a group of another size. NotImplementedError: a window or sinks.
