@@ -1,4 +1,4 @@
-"""Every legal mapping of a small model against the single process: the reference, the cases, and what a rank compares."""
+"""Every legal mapping of a small model against one process: the reference, the cases, and what a rank compares."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CONFIG = HybridConfig(
     router_bias_rate=0.01,
     load_balancing_coef=0.1,
     router_z_coef=0.01,
-    initializer_range=0.1,
+    initializer_range=0.05,
 )
 
 
