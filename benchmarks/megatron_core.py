@@ -6,8 +6,8 @@
 
 Megatron-Core's router and dispatchers call CUDA streams and events, which `without_cuda` replaces by nothing; its code
 is otherwise as published, without Transformer Engine. Every round runs both, one after the other; a time is that of the
-slower rank. ``dedup`` has no counterpart and stands beside their ``alltoall``. Values must agree before anything is timed. The rows go to benchmarks/results/megatron.jsonl. (The file is
-not called megatron.py, which would hide the package.)
+slower rank. Values must agree before anything is timed. ``dedup`` has no counterpart and stands beside their
+``alltoall``. The rows go to benchmarks/results/megatron.jsonl. (A file called megatron.py would hide the package.)
 """
 
 from __future__ import annotations

@@ -21,11 +21,11 @@ E = 6
 
 
 def routing(tokens: int, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Skewed, with equal probabilities and empty slots."""
+    """Skewed, with equal probabilities, some zero, and empty slots."""
     g = torch.Generator().manual_seed(seed)
     experts = (torch.rand(tokens, E, generator=g) + torch.linspace(0, 0.8, E)).argsort(1, descending=True)[:, :k]
     experts[torch.rand(experts.shape, generator=g) < 0.1] = -1
-    return torch.randint(1, 5, (tokens, k), generator=g) / 4.0, experts
+    return torch.randint(0, 5, (tokens, k), generator=g) / 4.0, experts
 
 
 def slow(probs: torch.Tensor, experts: torch.Tensor, factor: float, policy: str) -> torch.Tensor:
