@@ -311,13 +311,14 @@ def vocabulary_volumes(
         ``"embedding"``: partial rows are reduce-scattered. ``"head"``: rows are gathered. ``"loss"``: every rank sends
         two fp32 numbers for each row of the others. The backward pass sends as much.
     """
-    sizes = {
-        "embedding": hidden * (element_bytes if embedding_bytes is None else embedding_bytes),
-        "head": hidden * element_bytes,
-        "loss": 2 * FLOAT_BYTES,
+    rows = {
+        "embedding": gather(
+            tokens * hidden * (element_bytes if embedding_bytes is None else embedding_bytes), tp, 1, node
+        ),
+        "head": gather(tokens * hidden * element_bytes, tp, 1, node),
+        "loss": all_to_all(tp * tokens * 2 * FLOAT_BYTES, tp, 1, node),
     }
-    once = {name: gather(tokens * size, tp, 1, node) for name, size in sizes.items()}
-    return {name: Volume(traffic, traffic) for name, traffic in once.items()}
+    return {name: Volume(traffic, traffic) for name, traffic in rows.items()}
 
 
 def optimizer_volume(
