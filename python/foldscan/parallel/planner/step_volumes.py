@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from foldscan.parallel.planner.mapping import Mapping, Workload
 from foldscan.parallel.planner.shapes import ModelShape
@@ -74,7 +75,7 @@ def block_volumes(
     tp, cp = mapping.tp, mapping.cp
     part = work.mbs * work.seq / cp
     tokens = part / tp
-    sizes = {"element_bytes": element_bytes, "node": node}
+    sizes: dict[str, Any] = {"element_bytes": element_bytes, "node": node}
     found = {}
     if letter == "E":
         found = dispatch_volumes(

@@ -1,0 +1,6 @@
+def write_plots(*a):
+    pass
+
+
+def write_report(*a):
+    pass

@@ -1,0 +1,249 @@
+"""MoE Parallel Folding on real text: one model under several mappings, the same losses, and bytes beside the plan's.
+
+    python recipes/moe_folding/run.py [--smoke] [--out DIR] [--corpus stdlib|english]
+
+A finished mapping is not run again. Leaves report.html, results.jsonl and summary.json in the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from foldscan.data import load_corpus
+from foldscan.models.files import atomic_write_text, read_json, write_json
+from foldscan.parallel.planner import load_constants
+from foldscan.parallel.planner.calibration import calibration, pairs_in_order, rms_log_error
+from foldscan.training import PreparedData, TrainConfig, prepare
+from foldscan.training.corpus import take_bytes
+from foldscan.training.metrics import METRICS_FILE, environment, read_metrics
+from planned import Counted, plan_run
+from report import write_plots, write_report
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+Values = dict[str, Any]
+
+
+def configure(values: Values, mapping: Values, data: PreparedData, folder: Path) -> tuple[TrainConfig, int]:
+    """The training run of a mapping, and how many ranks it has."""
+    assert data.valid is not None
+    parallel = {key: value for key, value in mapping.items() if key not in ("name", "ranks")}
+    quiet = {"log_every": 1, "eval_every": 0, "checkpoint_every": 0, "keep_checkpoints": 1, "tensorboard": False}
+    files = {"train_data": str(data.train.path), "valid_data": str(data.valid.path)}
+    config = TrainConfig.from_dict(
+        {
+            **values["train"],
+            **quiet,
+            **files,
+            "tokenizer": str(data.valid.path.parent),
+            "run_dir": str(folder),
+            "parallel": {"timeout": 60.0, **parallel},
+        }
+    )
+    config.model.vocab_size = data.tokenizer.vocab_size
+    config.model.eos_token_id = data.tokenizer.end_of_text
+    return config, mapping.get("ranks", values["world"])
+
+
+def launch(config: TrainConfig, ranks: int, node: int, limit: float, progress: Progress, name: str) -> None:
+    """Run a mapping under torchrun until all of its ranks have written what they counted.
+
+    Raises:
+        RuntimeError: it failed, or took longer than ``limit`` seconds; with the end of what it said.
+    """
+    folder = Path(config.run_dir)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    config.save(folder / "train.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [str(HERE / "worker.py"), str(folder), str(node)]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    task = progress.add_task(name, total=config.steps)
+    started = time.monotonic()
+    with open(folder / "log.txt", "w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=settings, start_new_session=True)
+        try:
+            while process.poll() is None:
+                if time.monotonic() - started > limit:
+                    raise RuntimeError(f"{name}: not finished after {limit:.0f} s; see {log.name}")
+                progress.update(task, completed=len(read_metrics(folder / METRICS_FILE)))
+                time.sleep(0.3)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if process.returncode:
+        said = (folder / "log.txt").read_text(encoding="utf-8").splitlines()[-15:]
+        raise RuntimeError("\n".join([f"{name}: exit code {process.returncode}; see {folder / 'log.txt'}", *said]))
+    progress.update(task, completed=config.steps)
+
+
+def digest(config: TrainConfig, ranks: int, node: int) -> str:
+    """A short name for everything that a mapping's result depends on, but for the code."""
+    values = {key: value for key, value in config.to_dict().items() if key != "run_dir"}
+    return hashlib.sha256(json.dumps([values, ranks, node], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def collect(config: TrainConfig, ranks: int, node: int, mapping: Values) -> Values:
+    """A finished mapping: curves, loads, and what it sent beside the plan."""
+    folder = Path(config.run_dir)
+    files = [read_json(folder / f"rank{rank}.json") for rank in range(ranks)]
+    lines = plan_run(config, ranks, node, Counted([f["rows"] for f in files], [f["pairs"] for f in files]))
+    sent: dict[tuple[str, str], list[int]] = {}
+    for file in files:
+        for record in file["sent"]:
+            both = sent.setdefault((record["label"], record["axes"]), [0, 0])
+            both[0] += record["bytes"]
+            both[1] += record["inter"]
+    table = []
+    for line in lines:
+        keys = [(label, axes) for label in line.labels for axes in line.axes]
+        measured, inter = (sum(sent.get(key, [0, 0])[i] for key in keys) for i in (0, 1))
+        for key in keys:
+            sent.pop(key, None)
+        if measured or line.counted:
+            row = {"name": line.name, "even": line.even, "counted": line.counted, "measured": measured}
+            row |= {"measured_inter": inter, "even_inter": line.even_inter, "counted_inter": line.counted_inter}
+            table.append(row)
+    unplanned = {f"{label} over {axes}": both[0] for (label, axes), both in sent.items() if both[0]}
+    return {
+        "name": mapping["name"],
+        "ranks": ranks,
+        "mapping": str(config.parallel.mesh(ranks)),
+        "dispatcher": config.parallel.dispatcher,
+        "experts_in_a_node": ranks > 1 and _in_a_node(config, ranks, node),
+        **read_json(folder / "result.json"),
+        "steps": read_metrics(folder / METRICS_FILE),
+        "bytes": table,
+        "unplanned": unplanned,
+    }
+
+
+def _in_a_node(config: TrainConfig, ranks: int, node: int) -> bool:
+    groups = config.parallel.mesh(ranks).ranks("ep")
+    return config.parallel.ep > 1 and all(len({rank // node for rank in group}) == 1 for group in groups)
+
+
+def judge(runs: list[Values], limits: Values) -> dict[str, Values]:
+    """Every threshold with what was found."""
+    reference, others = runs[0], runs[1:]
+    base = [step["loss"] for step in reference["steps"]]
+    apart = [[abs(s["loss"] - b) for s, b in zip(run["steps"], base)] for run in others]
+    first = limits["loss_first_steps"]["steps"]
+    fixed, fitted = (calibration(load_constants(name)) for name in ("hand-set", "fitted"))
+    lines = [line for run in runs for line in run["bytes"]]
+    exchanged = [
+        line for run in runs if run["experts_in_a_node"] for line in run["bytes"] if line["name"] == "EP tokens"
+    ]
+    found = {
+        "loss_first_steps": max(max(each[:first]) for each in apart),
+        "loss": max(max(each) for each in apart),
+        "held_out": max(abs(run["bits_per_byte"] - reference["bits_per_byte"]) for run in others),
+        "bytes": max((abs(line["measured"] - line["counted"]) for line in lines), default=0),
+        "bytes_without_formula": sum(size for run in runs for size in run["unplanned"].values()),
+        "folded_exchange_off_node": sum(line["measured_inter"] for line in exchanged),
+        "calibration_pairs_hand_set": pairs_in_order(fixed)[0],
+        "calibration_pairs_fitted": pairs_in_order(fitted)[0],
+    }
+    outcomes = {}
+    for name, value in found.items():
+        limit = limits[name]
+        passed = value <= limit["most"] if "most" in limit else value >= limit["least"]
+        outcomes[name] = {"found": value, **limit, "passed": passed}
+    return outcomes
+
+
+def calibration_rows() -> list[Values]:
+    """The paper's table: published MFU, and predicted with either set of constants."""
+    sets = [calibration(load_constants(name)) for name in ("hand-set", "fitted")]
+    rows = []
+    for hand_set, fitted in zip(*sets):
+        p = fitted.prediction
+        row = {"model": p.model.name, "mapping": str(p.mapping), "method": p.mapping.method}
+        rows.append({**row, "published": fitted.published, "hand_set": hand_set.prediction.mfu, "fitted": p.mfu})
+    return rows
+
+
+def run(config_file: Path, out: Path, corpus: str | None, console: Console) -> Values:
+    """The whole recipe; the summary."""
+    values = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    limits = yaml.safe_load((HERE / "thresholds.yaml").read_text(encoding="utf-8"))
+    corpus, started = corpus or values["corpus"], time.perf_counter()
+    training, held_out = load_corpus(corpus)
+    documents = take_bytes(training, values["train_bytes"]), take_bytes(held_out, values["held_out_bytes"])
+    data = prepare(out / "data", corpus, values["train"]["tokenizer_vocab"], documents=documents)
+    runs = []
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.completed:.0f} steps"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        for mapping in values["mappings"]:
+            folder = out / "runs" / mapping["name"].replace(", ", "-").replace(" ", "-")
+            config, ranks = configure(values, mapping, data, folder)
+            done, name = folder / "done.json", digest(config, ranks, values["node"])
+            if not (done.is_file() and read_json(done).get("digest") == name):
+                launch(config, ranks, values["node"], values["timeout"], progress, mapping["name"])
+                write_json(done, {"digest": name})
+            runs.append(collect(config, ranks, values["node"], mapping))
+    outcomes, rows = judge(runs, limits), calibration_rows()
+    summary = {
+        "config": config_file.name,
+        "corpus": corpus,
+        "parameters": runs[0]["parameters"],
+        "tokens": runs[0]["tokens"],
+        "node": values["node"],
+        "thresholds": outcomes,
+        "passed": all(outcome["passed"] for outcome in outcomes.values()),
+        "calibration_rms_log_error": {
+            name: rms_log_error(calibration(load_constants(name))) for name in ("hand-set", "fitted")
+        },
+        "runs": [{key: value for key, value in run.items() if key != "steps"} for run in runs],
+        "calibration": rows,
+        "environment": environment(),
+        "seconds": time.perf_counter() - started,
+    }
+    records = [{"kind": "step", "mapping": r["name"], **step} for r in runs for step in r["steps"]]
+    records += [{"kind": "bytes", "mapping": r["name"], **line} for r in runs for line in r["bytes"]]
+    records += [{"kind": "calibration", **row} for row in rows]
+    atomic_write_text(out / "results.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    write_json(out / "summary.json", summary)
+    write_plots(runs, rows, limits, out)
+    write_report(runs, summary, values, out)
+    return summary
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--smoke", action="store_true", help="every part for a few steps; under a minute")
+    parser.add_argument("--out", type=Path, help="folder (default: runs/moe_folding, or runs/moe_folding_smoke)")
+    parser.add_argument("--corpus", choices=("stdlib", "english"), help="english is fetched (foldscan data fetch)")
+    given = parser.parse_args(arguments)
+    console, size = Console(), "smoke" if given.smoke else "full"
+    out = given.out or Path("runs") / ("moe_folding_smoke" if given.smoke else "moe_folding")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        summary = run(HERE / "configs" / f"{size}.yaml", out.resolve(), given.corpus, console)
+    except (OSError, ValueError, RuntimeError) as error:
+        console.print(f"error: {error}", highlight=False, markup=False)
+        return 1
+    table = Table("threshold", "found", "limit", "outcome", title=f"{out / 'report.html'}", title_justify="left")
+    for name, outcome in summary["thresholds"].items():
+        limit = f"<= {outcome['most']:g}" if "most" in outcome else f">= {outcome['least']:g}"
+        table.add_row(name, f"{outcome['found']:.3g}", limit, "passed" if outcome["passed"] else "FAILED")
+    console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
