@@ -11,11 +11,13 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ from foldscan.training import PreparedData, TrainConfig, prepare
 from foldscan.training.corpus import take_bytes
 from foldscan.training.metrics import METRICS_FILE, environment, read_metrics
 from planned import Counted, plan_run
-from report import write_plots, write_report
+from plots import write_plots
+from report import write_report
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -38,14 +41,19 @@ Values = dict[str, Any]
 
 
 def configure(values: Values, mapping: Values, data: PreparedData, folder: Path) -> tuple[TrainConfig, int]:
-    """The training run of a mapping, and how many ranks it has."""
+    """The training run of a mapping, and how many ranks it has.
+
+    Raises:
+        ValueError: a field that is wrong, or a mapping that does not divide the ranks.
+    """
     assert data.valid is not None
-    parallel = {key: value for key, value in mapping.items() if key not in ("name", "ranks")}
+    parallel = {key: value for key, value in mapping.items() if key not in ("name", "ranks", "control")}
     quiet = {"log_every": 1, "eval_every": 0, "checkpoint_every": 0, "keep_checkpoints": 1, "tensorboard": False}
     files = {"train_data": str(data.train.path), "valid_data": str(data.valid.path)}
     config = TrainConfig.from_dict(
         {
             **values["train"],
+            **mapping.get("control", {}),
             **quiet,
             **files,
             "tokenizer": str(data.valid.path.parent),
@@ -55,7 +63,9 @@ def configure(values: Values, mapping: Values, data: PreparedData, folder: Path)
     )
     config.model.vocab_size = data.tokenizer.vocab_size
     config.model.eos_token_id = data.tokenizer.end_of_text
-    return config, mapping.get("ranks", values["world"])
+    ranks: int = mapping.get("ranks") or values["world"]
+    config.parallel.mesh(ranks)
+    return config, ranks
 
 
 def launch(config: TrainConfig, ranks: int, node: int, limit: float, progress: Progress, name: str) -> None:
@@ -86,8 +96,10 @@ def launch(config: TrainConfig, ranks: int, node: int, limit: float, progress: P
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     if process.returncode:
-        said = (folder / "log.txt").read_text(encoding="utf-8").splitlines()[-15:]
-        raise RuntimeError("\n".join([f"{name}: exit code {process.returncode}; see {folder / 'log.txt'}", *said]))
+        said = (folder / "log.txt").read_text(encoding="utf-8").splitlines()
+        found = (re.match(r"(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)\b.*)", line) for line in said)
+        why = next((match[1] for match in found if match), "no reason given")
+        raise RuntimeError(f"{name}: exit code {process.returncode}: {why} (see {folder / 'log.txt'})")
     progress.update(task, completed=config.steps)
 
 
@@ -122,7 +134,8 @@ def collect(config: TrainConfig, ranks: int, node: int, mapping: Values) -> Valu
     return {
         "name": mapping["name"],
         "ranks": ranks,
-        "mapping": str(config.parallel.mesh(ranks)),
+        "control": "control" in mapping,
+        "mapping": mapping_name(config, ranks),
         "dispatcher": config.parallel.dispatcher,
         "experts_in_a_node": ranks > 1 and _in_a_node(config, ranks, node),
         **read_json(folder / "result.json"),
@@ -132,24 +145,42 @@ def collect(config: TrainConfig, ranks: int, node: int, mapping: Values) -> Valu
     }
 
 
+def _apart(run: Values, base: list[float]) -> list[float]:
+    return [abs(step["loss"] - b) for step, b in zip(run["steps"], base)]
+
+
+def _same_routing(run: Values, reference: Values) -> int:
+    """Steps before the first in which an expert got another number of tokens than in the reference."""
+    pairs = enumerate(zip(run["steps"], reference["steps"]))
+    return next((i for i, (a, b) in pairs if a["expert_load"] != b["expert_load"]), len(reference["steps"]))
+
+
+def mapping_name(config: TrainConfig, ranks: int) -> str:
+    """Sizes of all axes."""
+    mesh = config.parallel.mesh(ranks)
+    return " ".join(f"{axis}{getattr(mesh, axis)}" for axis in ("tp", "cp", "dp", "pp", "etp", "ep", "edp"))
+
+
 def _in_a_node(config: TrainConfig, ranks: int, node: int) -> bool:
     groups = config.parallel.mesh(ranks).ranks("ep")
     return config.parallel.ep > 1 and all(len({rank // node for rank in group}) == 1 for group in groups)
 
 
 def judge(runs: list[Values], limits: Values) -> dict[str, Values]:
-    """Every threshold with what was found."""
-    reference, others = runs[0], runs[1:]
+    """Every threshold with what was found; that on dispatchers only where two runs differ in nothing else."""
+    reference, others = runs[0], [run for run in runs[1:] if not run["control"]]
     base = [step["loss"] for step in reference["steps"]]
-    apart = [[abs(s["loss"] - b) for s, b in zip(run["steps"], base)] for run in others]
+    apart = [_apart(run, base) for run in others]
     first = limits["loss_first_steps"]["steps"]
     fixed, fitted = (calibration(load_constants(name)) for name in ("hand-set", "fitted"))
     lines = [line for run in runs for line in run["bytes"]]
     exchanged = [
         line for run in runs if run["experts_in_a_node"] for line in run["bytes"] if line["name"] == "EP tokens"
     ]
+    same = [each[: _same_routing(run, reference)] for run, each in zip(others, apart)]
     found = {
         "loss_first_steps": max(max(each[:first]) for each in apart),
+        "loss_same_routing": max(max(each, default=0.0) for each in same),
         "loss": max(max(each) for each in apart),
         "held_out": max(abs(run["bits_per_byte"] - reference["bits_per_byte"]) for run in others),
         "bytes": max((abs(line["measured"] - line["counted"]) for line in lines), default=0),
@@ -158,6 +189,9 @@ def judge(runs: list[Values], limits: Values) -> dict[str, Values]:
         "calibration_pairs_hand_set": pairs_in_order(fixed)[0],
         "calibration_pairs_fitted": pairs_in_order(fitted)[0],
     }
+    twins = [(a, b) for a, b in combinations(others, 2) if a["mapping"] == b["mapping"]]
+    if twins:
+        found["dispatchers"] = max(max(_apart(a, [s["loss"] for s in b["steps"]])) for a, b in twins)
     outcomes = {}
     for name, value in found.items():
         limit = limits[name]
@@ -204,16 +238,29 @@ def run(config_file: Path, out: Path, corpus: str | None, console: Console) -> V
         "tokens": runs[0]["tokens"],
         "node": values["node"],
         "thresholds": outcomes,
+        "control": {
+            run["name"]: {
+                "same_routing_steps": _same_routing(run, runs[0]),
+                "loss": max(_apart(run, [step["loss"] for step in runs[0]["steps"]])),
+                "held_out": abs(run["bits_per_byte"] - runs[0]["bits_per_byte"]),
+            }
+            for run in runs
+            if run["control"]
+        },
         "passed": all(outcome["passed"] for outcome in outcomes.values()),
         "calibration_rms_log_error": {
             name: rms_log_error(calibration(load_constants(name))) for name in ("hand-set", "fitted")
         },
-        "runs": [{key: value for key, value in run.items() if key != "steps"} for run in runs],
+        "runs": [
+            {key: value for key, value in run.items() if key != "steps"}
+            | {"same_routing_steps": _same_routing(run, runs[0]), "last_loss": run["steps"][-1]["loss"]}
+            for run in runs
+        ],
         "calibration": rows,
         "environment": environment(),
         "seconds": time.perf_counter() - started,
     }
-    records = [{"kind": "step", "mapping": r["name"], **step} for r in runs for step in r["steps"]]
+    records = [{"mapping": r["name"], **step} for r in runs for step in r["steps"]]
     records += [{"kind": "bytes", "mapping": r["name"], **line} for r in runs for line in r["bytes"]]
     records += [{"kind": "calibration", **row} for row in rows]
     atomic_write_text(out / "results.jsonl", "".join(json.dumps(record) + "\n" for record in records))
@@ -235,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         summary = run(HERE / "configs" / f"{size}.yaml", out.resolve(), given.corpus, console)
     except (OSError, ValueError, RuntimeError) as error:
-        console.print(f"error: {error}", highlight=False, markup=False)
+        console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         return 1
     table = Table("threshold", "found", "limit", "outcome", title=f"{out / 'report.html'}", title_justify="left")
     for name, outcome in summary["thresholds"].items():
