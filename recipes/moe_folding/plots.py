@@ -44,16 +44,25 @@ def losses(runs: list[Values], limits: Values, file: Path) -> None:
     for index, run in enumerate(runs):
         colour = "black" if run["control"] else COLOURS[index % len(COLOURS)]
         curve = [step["loss"] for step in run["steps"]]
-        # One above the other: the first is the widest, so that all can be seen where they are equal.
-        left.plot(numbers, curve, color=colour, linewidth=1.0 + 1.3 * (len(runs) - index), label=run["name"])
-        if index:
-            apart = [max(abs(a - b), 1e-9) for a, b in zip(curve, base)]
-            right.plot(numbers, apart, color=colour, marker=".", markersize=3, linewidth=1, label=run["name"])
+        if index == 0:  # broad and pale below the others, so that all can be seen where they are equal
+            left.plot(numbers, curve, color=colour, linewidth=7, alpha=0.3, label=run["name"])
+            continue
+        left.plot(numbers, curve, color=colour, linewidth=1, label=run["name"])
+        apart = [max(abs(a - b), 1e-9) for a, b in zip(curve, base)]
+        right.plot(numbers, apart, color=colour, marker=".", markersize=3, linewidth=1, label=run["name"])
     first = limits["loss_first_steps"]
-    right.hlines(limits["loss"]["most"], 0, numbers[-1], color="black", linestyle="--", linewidth=1, label="thresholds")
+    right.hlines(
+        limits["loss"]["most"],
+        0,
+        numbers[-1],
+        color="black",
+        linestyle="--",
+        linewidth=1,
+        label="thresholds:\nfirst steps, all",
+    )
     right.hlines(first["most"], 0, first["steps"], color="black", linestyle="--", linewidth=1)
     right.set_yscale("log")
-    left.set(xlabel="step", ylabel="training loss, nats a token", title="the curves lie on each other")
+    left.set(xlabel="step", ylabel="nats a token", title="training loss")
     right.set(xlabel="step", ylabel="difference, nats", title="difference from one process (0 drawn at 1e-9)")
     left.legend(fontsize=8)
     right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -84,7 +93,7 @@ def sent(runs: list[Values], file: Path) -> None:
     for axes in (left, right):
         axes.invert_yaxis()
         axes.set_xlim(0, 1.06 * max(axes.dataLim.x1, 1e-9))
-        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4)
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, markerscale=0.5)
     _save(figure, file)
 
 
@@ -99,7 +108,15 @@ def load(run: Values, file: Path) -> None:
     figure, panels = _figure(layers, 1, (8, 1.1 + 1.7 * layers))
     for layer, axes in enumerate(panels):
         shares = [[experts * step[layer][expert] for step in found] for expert in range(experts)]
-        image = axes.imshow(shares, aspect="auto", cmap="cividis", vmin=0, vmax=2, interpolation="nearest")
+        image = axes.imshow(
+            shares,
+            aspect="auto",
+            cmap="cividis",
+            vmin=0,
+            vmax=2,
+            interpolation="nearest",
+            extent=(0.5, len(found) + 0.5, experts - 0.5, -0.5),
+        )
         axes.set(ylabel="expert", yticks=range(experts), title=f"expert layer {layer + 1}")
     panels[-1].set_xlabel("step")
     figure.colorbar(image, ax=panels, label="load, mean = 1")
@@ -137,4 +154,4 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, li
 
 
 def _save(figure: Any, file: Path) -> None:
-    figure.savefig(file, dpi=100)
+    figure.savefig(file, dpi=90)

@@ -152,7 +152,15 @@ def _runs(runs: list[Values]) -> str:
     )
     return (
         _table(
-            ["run", "mapping", "dispatcher", "steps routed alike", "last loss", "held-out bits/byte", "seconds"],
+            [
+                "run",
+                "mapping",
+                "dispatcher",
+                "steps routed alike",
+                "last loss",
+                "held-out bits/byte",
+                "seconds in steps",
+            ],
             rows,
             texts=3,
         )
@@ -198,7 +206,6 @@ def _facts(summary: Values, values: Values) -> str:
         ["Machine", f"{environment['cpus']} CPUs, {environment['machine']}, gloo"],
         ["Versions", html.escape(f"{versions}, Python {environment['python']}")],
         ["Commit", html.escape(str(environment["commit"] or "unknown"))],
-        ["Seconds", f"{summary['seconds']:.0f} in all, of those mappings that were not there yet"],
     ]
     config = html.escape(yaml.safe_dump(values, sort_keys=False))
     settings = json.dumps(summary["calibration_rms_log_error"])

@@ -155,6 +155,12 @@ def _same_routing(run: Values, reference: Values) -> int:
     return next((i for i, (a, b) in pairs if a["expert_load"] != b["expert_load"]), len(reference["steps"]))
 
 
+def _busiest(run: Values) -> float:
+    """Tokens of the busiest expert over the mean, on average over steps and layers."""
+    found = [max(layer) * len(layer) for step in run["steps"] for layer in step["expert_load"]]
+    return sum(found) / len(found)
+
+
 def mapping_name(config: TrainConfig, ranks: int) -> str:
     """Sizes of all axes."""
     mesh = config.parallel.mesh(ranks)
@@ -215,7 +221,7 @@ def run(config_file: Path, out: Path, corpus: str | None, console: Console) -> V
     """The whole recipe; the summary."""
     values = yaml.safe_load(config_file.read_text(encoding="utf-8"))
     limits = yaml.safe_load((HERE / "thresholds.yaml").read_text(encoding="utf-8"))
-    corpus, started = corpus or values["corpus"], time.perf_counter()
+    corpus = corpus or values["corpus"]
     training, held_out = load_corpus(corpus)
     documents = take_bytes(training, values["train_bytes"]), take_bytes(held_out, values["held_out_bytes"])
     data = prepare(out / "data", corpus, values["train"]["tokenizer_vocab"], documents=documents)
@@ -253,12 +259,16 @@ def run(config_file: Path, out: Path, corpus: str | None, console: Console) -> V
         },
         "runs": [
             {key: value for key, value in run.items() if key != "steps"}
-            | {"same_routing_steps": _same_routing(run, runs[0]), "last_loss": run["steps"][-1]["loss"]}
+            | {
+                "num_steps": len(run["steps"]),
+                "busiest_expert": _busiest(run),
+                "same_routing_steps": _same_routing(run, runs[0]),
+                "last_loss": run["steps"][-1]["loss"],
+            }
             for run in runs
         ],
         "calibration": rows,
         "environment": environment(),
-        "seconds": time.perf_counter() - started,
     }
     records = [{"mapping": r["name"], **step} for r in runs for step in r["steps"]]
     records += [{"kind": "bytes", "mapping": r["name"], **line} for r in runs for line in r["bytes"]]

@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "moe_folding"
-MODULES = ("run", "planned", "plots", "report")
+MODULES = ("run", "planned", "plots", "report", "publish")
 RANKS = {"one-process": 1, "unfolded": 4, "folded": 4}
 
 
@@ -158,3 +158,18 @@ def test_a_rank_that_fails_ends_the_run_with_its_reason(
     assert recipe.main(["--smoke", "--out", str(tmp_path / "out")]) == 1
     said = " ".join(capsys.readouterr().out.split())
     assert "cut group: exit code 1: ValueError: tp: got 4, want a divisor of mamba_num_groups = 2" in said
+
+
+def test_the_readme_says_what_the_committed_results_say(recipe: ModuleType) -> None:
+    import publish
+
+    text = (RECIPE / "README.md").read_text()
+    summary = json.loads((RECIPE / "results" / "summary.json").read_text())
+    found = publish.MARKED.search(text)
+    assert found is not None
+    assert found[0] == f"{found[1]}{publish.tables(summary)}\n{found[2]}"
+    limits = yaml.safe_load((RECIPE / "thresholds.yaml").read_text())
+    kept = {
+        name: {k: v for k, v in o.items() if k not in ("found", "passed")} for name, o in summary["thresholds"].items()
+    }
+    assert kept == limits
