@@ -27,12 +27,12 @@ def tables(summary: Values) -> str:
         lines.append(f"| {name} | {outcome['found']:.3g} | {limit} | {'met' if outcome['passed'] else 'not met'} |")
     lines += [
         "",
-        "| Run | Mapping | Dispatcher | Steps routed as in one process | Last loss | Held-out bits/byte |",
-        "|---|---|---|---|---|---|",
+        "| Run | Mapping | Dispatcher | Steps routed alike | Turned then | Last loss | Held-out bits/byte |",
+        "|---|---|---|---|---|---|---|",
     ]
     for run in summary["runs"]:
         lines.append(
-            f"| {run['name']} | {run['mapping']} | {run['dispatcher']} | {run['same_routing_steps']} | "
+            f"| {run['name']} | {run['mapping']} | {run['dispatcher']} | {run['same_routing_steps']} | {run['turned']} | "
             f"{run['last_loss']:.5f} | {run['bits_per_byte']:.5f} |"
         )
     lines += [

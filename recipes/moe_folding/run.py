@@ -155,10 +155,32 @@ def _same_routing(run: Values, reference: Values) -> int:
     return next((i for i, (a, b) in pairs if a["expert_load"] != b["expert_load"]), len(reference["steps"]))
 
 
+def _turned(run: Values, reference: Values, choices: int) -> int:
+    """Choices of the routers, ``choices`` a layer and step, that are others than in the reference in the first step in
+    which any are, as far as the loads tell."""
+    step = _same_routing(run, reference)
+    if step == len(reference["steps"]):
+        return 0
+    loads = zip(run["steps"][step]["expert_load"], reference["steps"][step]["expert_load"])
+    return sum(round(choices * sum(abs(a - b) for a, b in zip(*layer)) / 2) for layer in loads)
+
+
 def _busiest(run: Values) -> float:
     """Tokens of the busiest expert over the mean, on average over steps and layers."""
     found = [max(layer) * len(layer) for step in run["steps"] for layer in step["expert_load"]]
     return sum(found) / len(found)
+
+
+def _short(run: Values, reference: Values, train: Values) -> Values:
+    """A run without its steps, and what they come to."""
+    choices = train["batch_tokens"] * train["accumulation"] * train["model"]["experts_per_token"]
+    return {key: value for key, value in run.items() if key != "steps"} | {
+        "num_steps": len(run["steps"]),
+        "last_loss": run["steps"][-1]["loss"],
+        "same_routing_steps": _same_routing(run, reference),
+        "turned": _turned(run, reference, choices),
+        "busiest_expert": _busiest(run),
+    }
 
 
 def mapping_name(config: TrainConfig, ranks: int) -> str:
@@ -199,8 +221,8 @@ def judge(runs: list[Values], limits: Values) -> dict[str, Values]:
     if twins:
         found["dispatchers"] = max(max(_apart(a, [s["loss"] for s in b["steps"]])) for a, b in twins)
     outcomes = {}
-    for name, value in found.items():
-        limit = limits[name]
+    for name in (name for name in limits if name in found):
+        value, limit = found[name], limits[name]
         passed = value <= limit["most"] if "most" in limit else value >= limit["least"]
         outcomes[name] = {"found": value, **limit, "passed": passed}
     return outcomes
@@ -257,16 +279,7 @@ def run(config_file: Path, out: Path, corpus: str | None, console: Console) -> V
         "calibration_rms_log_error": {
             name: rms_log_error(calibration(load_constants(name))) for name in ("hand-set", "fitted")
         },
-        "runs": [
-            {key: value for key, value in run.items() if key != "steps"}
-            | {
-                "num_steps": len(run["steps"]),
-                "busiest_expert": _busiest(run),
-                "same_routing_steps": _same_routing(run, runs[0]),
-                "last_loss": run["steps"][-1]["loss"],
-            }
-            for run in runs
-        ],
+        "runs": [_short(run, runs[0], values["train"]) for run in runs],
         "calibration": rows,
         "environment": environment(),
     }
