@@ -31,9 +31,10 @@ def tables(summary: Values) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for run in summary["runs"]:
+        routed = f"{run['same_routing_steps']} | {run['turned']}"
         lines.append(
-            f"| {run['name']} | {run['mapping']} | {run['dispatcher']} | {run['same_routing_steps']} | {run['turned']} | "
-            f"{run['last_loss']:.5f} | {run['bits_per_byte']:.5f} |"
+            f"| {run['name']} | {run['mapping']} | {run['dispatcher']} | {routed} | {run['last_loss']:.5f} | "
+            f"{run['bits_per_byte']:.5f} |"
         )
     lines += [
         "",

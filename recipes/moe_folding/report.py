@@ -86,7 +86,7 @@ def write_report(runs: list[Values], summary: Values, values: Values, out: Path)
         ),
         _section(
             "Expert load",
-            "Tokens of each expert over training, one process; all mappings have the same.",
+            "Tokens of each expert over training, one process; other runs have the same but for turned choices.",
             _image(out / "load.png"),
         ),
         _section(
@@ -140,6 +140,7 @@ def _runs(runs: list[Values]) -> str:
             html.escape(run["mapping"]),
             run["dispatcher"],
             str(run["same_routing_steps"]),
+            str(run["turned"]),
             f"{run['last_loss']:.6f}",
             f"{run['bits_per_byte']:.6f}",
             f"{run['seconds']:.0f}",
@@ -157,6 +158,7 @@ def _runs(runs: list[Values]) -> str:
                 "mapping",
                 "dispatcher",
                 "steps routed alike",
+                "turned then",
                 "last loss",
                 "held-out bits/byte",
                 "seconds in steps",
