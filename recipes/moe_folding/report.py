@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from pathlib import Path
 from typing import Any
 
@@ -210,9 +209,9 @@ def _facts(summary: Values, values: Values) -> str:
         ["Commit", html.escape(str(environment["commit"] or "unknown"))],
     ]
     config = html.escape(yaml.safe_dump(values, sort_keys=False))
-    settings = json.dumps(summary["calibration_rms_log_error"])
+    errors = ", ".join(f"{name} {100 * value:.1f} %" for name, value in summary["calibration_rms_log_error"].items())
     return (
         _table(["", ""], rows, texts=2)
-        + f"<p>RMS log error of the calibration: {html.escape(settings)}</p>"
+        + f"<p>RMS log error of the calibration: {html.escape(errors)}.</p>"
         + f"<details><summary>Configuration</summary><pre>{config}</pre></details>"
     )
