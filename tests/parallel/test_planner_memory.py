@@ -6,7 +6,7 @@ import pytest
 from foldscan.parallel.planner import Mapping, ModelShape, Workload, load_model, memory, plan
 from foldscan.parallel.planner.calibration import calibration
 from foldscan.parallel.planner.memory import activations, block_activations
-from foldscan.parallel.planner.volumes import stage_parameters
+from foldscan.parallel.planner.step_volumes import stage_parameters
 
 PAIRS = [  # GB of dense and of expert states, without and with folding
     ("mixtral-8x22b", {"gpus": 128, "tp": 2, "etp": 2, "ep": 4, "pp": 8}, (2.5, 25.4)),

@@ -283,8 +283,8 @@ def test_mamba_block_by_hand() -> None:
     gemms = 2 * rows * h * (2 * hp + 2 * gn + 64) / 2 + 2 * rows * h * hp / 2
     scanned = 6 * hp + 8 * gn + 8 * 8 * q + 12 * hp * 128 / q + 26 * 64 + 4 * (hp + 2 * gn)
     assert times["mamba"] == pytest.approx(3 * gemms / H100.peak + 5.5 * scanned * rows / 2 / H100.hbm, rel=1e-12)
-    # One state of 32 heads in fp32 with its decay, and three rows of half of the channels.
-    sent = 32 * (64 * 128 + 1) * 4 + 3 * (hp + 2 * gn) / 2 * 2
+    # The states of two pieces, 32 heads in fp32 with their decays, and three rows of half of the channels.
+    sent = 2 * 32 * (64 * 128 + 1) * 4 + 3 * (hp + 2 * gn) / 2 * 2
     assert times["CP"] == pytest.approx(2 * (sent / (H100.nvlink * 0.8) + 12e-6), rel=1e-12)
 
 

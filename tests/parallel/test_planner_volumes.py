@@ -1,16 +1,16 @@
 """Bytes a rank sends: against counting by hand, and against the figures derived from arXiv:2504.14960."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import comb
 
 import pytest
 from foldscan.parallel import FoldedMesh
 from foldscan.parallel.planner import Mapping, Workload, load_model
+from foldscan.parallel.planner.step_volumes import block_volumes, step_volumes
 from foldscan.parallel.planner.volumes import (
     Traffic,
     Volume,
     all_to_all,
-    block_volumes,
     context_gather_volume,
     context_ring_volume,
     context_scan_volume,
@@ -21,8 +21,8 @@ from foldscan.parallel.planner.volumes import (
     optimizer_volume,
     pipeline_volume,
     sharded_volume,
-    step_volumes,
     tensor_volume,
+    vocabulary_volumes,
 )
 
 POWERS = [1, 2, 4, 8, 16, 32]
@@ -130,17 +130,40 @@ def test_dedup_by_node_where_every_choice_of_experts_comes_once() -> None:
 
 @pytest.mark.parametrize("etp", [1, 2, 4])
 def test_etp_stage(etp: int) -> None:
-    """Dispatch gathers what arrived, T K rows (or the EP T tokens); combine reduce-scatters T K rows."""
+    """Dispatch gathers what arrived: T K rows, the EP T tokens, or the u T of them that are wanted here; combine
+    reduce-scatters T K rows. Every way of the tokens is a way of their probabilities, one a row or all K of a token."""
     tokens, top_k, hidden, ep = 6, 2, 10, 4
-    for dispatcher, gathered in (("alltoall", tokens * top_k), ("dedup", tokens * top_k), ("allgather", ep * tokens)):
+    wanted = tokens * expected_ranks(8, top_k, ep)
+    for dispatcher, gathered, slots, out in (
+        ("alltoall", tokens * top_k, 1, tokens * top_k * (ep - 1) / ep),
+        ("dedup", wanted, top_k, wanted * (ep - 1) / ep),
+        ("allgather", ep * tokens, top_k, (ep - 1) * tokens),
+    ):
         found = dispatch_volumes(tokens, top_k, hidden, experts=8, ep=ep, etp=etp, dispatcher=dispatcher)
-        assert found["etp"].forward.total == (etp - 1) * (gathered + tokens * top_k) * hidden * 2
+        rows = (etp - 1) * (gathered + tokens * top_k)
+        assert found["etp"].forward.total == pytest.approx(rows * hidden * 2, rel=1e-12)
         assert found["etp"].backward == found["etp"].forward
-        # Probabilities go out with the rows and are not reduced with them; here 4 bytes for each of the K.
-        scalars = tokens * top_k
-        beside = (ep - 1) * scalars if dispatcher == "allgather" else scalars * (ep - 1) / ep
-        beside += (etp - 1) * scalars * (ep if dispatcher == "allgather" else 1)
-        assert found["probs"].forward.total == 4 * beside and found["probs"].backward == found["probs"].forward
+        beside = 4 * slots * (out + (etp - 1) * gathered)
+        assert found["probs"].forward.total == pytest.approx(beside, rel=1e-12)
+        assert found["probs"].backward == found["probs"].forward
+        # Rows are told by a count for every expert; tokens bring their choices, and where it differs how many they are.
+        told = {
+            "alltoall": 8 * 8 * (ep - 1 + etp - 1),
+            "allgather": beside,
+            "dedup": beside + 8 * (ep * (ep - 1) + etp - 1),
+        }
+        assert found["metadata"].forward.total == pytest.approx(told[dispatcher], rel=1e-12)
+        assert found["metadata"].backward == Traffic()
+
+
+def test_dedup_with_a_known_number_of_ranks() -> None:
+    """Every token's two experts on one rank: half of what all-to-all sends, and half as much over ETP."""
+    rows, pairs = (
+        dispatch_volumes(12, 2, 5, experts=8, ep=4, etp=2, dispatcher=name, distinct=1.0)
+        for name in ("alltoall", "dedup")
+    )
+    assert 2 * pairs["ep"].total.total == rows["ep"].total.total == 4 * 12 * 2 * 3 / 4 * 5 * 2
+    assert pairs["etp"].forward.total == (12 + 12 * 2) * 5 * 2
 
 
 def test_unknown_dispatcher_is_named() -> None:
@@ -152,7 +175,8 @@ def test_unknown_dispatcher_is_named() -> None:
 
 def test_zero_tokens_send_nothing() -> None:
     found = dispatch_volumes(0, 2, 8, experts=8, ep=4, etp=2)
-    assert all(volume == Volume() for volume in found.values())
+    assert all(found[name] == Volume() for name in ("ep", "etp", "probs"))
+    assert found["metadata"].forward.total == 8 * 8 * (3 + 1)  # counts are exchanged even so
 
 
 def test_tensor_and_context_parallel() -> None:
@@ -166,14 +190,44 @@ def test_tensor_and_context_parallel() -> None:
     assert context_ring_volume(tokens, 6, n).total.total == 3 * (n - 1) * pair
     assert context_gather_volume(tokens, 6, n).total.total == 2 * (n - 1) * pair
     assert context_gather_volume(tokens, 6, n, regather=True).total.total == 3 * (n - 1) * pair
-    assert context_ring_volume(tokens, 6, 4, stride=4).forward == Traffic(2 * pair, pair)  # two nodes
+    # Two nodes: the rank at the edge of one passes everything to the other.
+    assert context_ring_volume(tokens, 6, 4, stride=4).forward == Traffic(0, 3 * pair)
+    assert context_gather_volume(tokens, 6, 4, stride=4).forward == Traffic(2 * pair, pair)
 
 
-def test_context_parallel_scan_sends_states_and_halo() -> None:
-    found = context_scan_volume(2, 3, 4, 5, 30, 4, 4)
-    assert found.forward.total == 3 * 2 * 3 * (4 * 5 + 1) * 4 + 2 * 3 * 30 * 2
+def scan_bytes(cp: int, zigzag: bool, node: int) -> list[Traffic]:
+    """What each rank sends for a sequence: from every piece that goes on its state (21 numbers a head, 3 heads) to all
+    other ranks, across nodes once a node, and three rows of 30 channels to the holder of the next piece."""
+    pieces = [*range(cp), *reversed(range(cp))] if zigzag else [*range(cp)]
+    found = [Traffic()] * cp
+    for holder, following in pairwise(pieces):
+        nodes = -(-cp // node)
+        found[holder] += Traffic((cp - nodes) * 3 * 21 * 4, (nodes - 1) * 3 * 21 * 4)
+        if following != holder:
+            same = following // node == holder // node
+            found[holder] += Traffic(3 * 30 * 2 if same else 0, 0 if same else 3 * 30 * 2)
+    return found
+
+
+@pytest.mark.parametrize("cp", [2, 4, 8])
+@pytest.mark.parametrize("zigzag", [True, False])
+@pytest.mark.parametrize("node", [1, 2, 8])
+def test_context_parallel_scan_sends_states_and_halo(cp: int, zigzag: bool, node: int) -> None:
+    found = context_scan_volume(3, 4, 5, 30, 4, cp, zigzag=zigzag, node=node)
+    each = scan_bytes(cp, zigzag, node)
+    assert found.forward.total == max(one.total for one in each)
+    assert found.forward.inter == max(one.inter for one in each if one.total == found.forward.total)
     assert found.backward == found.forward
-    assert context_scan_volume(2, 3, 4, 5, 30, 4, 1) == Volume()
+    assert context_scan_volume(3, 4, 5, 30, 4, 1) == Volume()
+
+
+def test_divided_vocabulary() -> None:
+    """Six tokens a rank, width 10, four ranks: three shards of partial sums, of rows, and of two numbers a row."""
+    found = vocabulary_volumes(6, 10, 4, embedding_bytes=4)
+    want = {"embedding": 3 * 6 * 10 * 4, "head": 3 * 6 * 10 * 2, "loss": 3 * 6 * 8}
+    assert {name: volume.forward.total for name, volume in found.items()} == want
+    assert all(volume.forward == volume.backward for volume in found.values())
+    assert all(volume == Volume() for volume in vocabulary_volumes(6, 10, 1).values())
 
 
 def test_pipeline_optimizer_and_fsdp() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,31 @@ class Traffic:
             if collective in (None, c) and axes in (None, a) and label in (None, l)
             if receivers is None or r in receivers
         )
+
+    def records(self, rank: int, node: int) -> list[dict[str, Any]]:
+        """All of it as plain values, one record for each (collective, axes, label).
+
+        Args:
+            rank: who sent it. node: ranks of a node, where ``[0, node)`` are the first.
+
+        Returns:
+            ``collective``, ``axes``, ``label``, ``calls``, ``bytes``, and of these ``intra`` and ``inter``: inside the
+            node and out of it. What a gather or a reduce-scatter sends to several ranks of another node is counted as
+            leaving once, to be passed on there.
+        """
+        found = []
+        for (collective, axes, label), calls in self.calls.items():
+            away: dict[int, list[int]] = {}
+            total = 0
+            for (c, a, l, receiver), size in self.sent.items():
+                if (c, a, l) == (collective, axes, label):
+                    total += size
+                    if receiver // node != rank // node:
+                        away.setdefault(receiver // node, []).append(size)
+            inter = sum(sum(sizes) if collective == "all_to_all" else max(sizes) for sizes in away.values())
+            record = {"collective": collective, "axes": axes, "label": label, "calls": calls}
+            found.append({**record, "bytes": total, "intra": total - inter, "inter": inter})
+        return found
 
     def add(self, collective: str, group: Group, label: str, sizes: Sequence[int]) -> None:
         key = (collective, group.axes, label)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from foldscan.parallel.planner.mapping import Mapping, Workload
 from foldscan.parallel.planner.shapes import SCAN_CHUNK, ModelShape
-from foldscan.parallel.planner.volumes import stage_parameters, virtual_stages
+from foldscan.parallel.planner.step_volumes import stage_parameters, virtual_stages
 
 PARAMETER_BYTES = 2  # bf16
 GRADIENT_BYTES = 4  # fp32

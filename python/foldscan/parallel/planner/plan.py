@@ -14,7 +14,8 @@ from foldscan.parallel.planner.mapping import Mapping, Workload, check_mapping, 
 from foldscan.parallel.planner.memory import Memory, memory
 from foldscan.parallel.planner.shapes import ModelShape, load_model
 from foldscan.parallel.planner.step_time import Machine, StepModel, mfu
-from foldscan.parallel.planner.volumes import Volume, step_volumes
+from foldscan.parallel.planner.step_volumes import step_volumes
+from foldscan.parallel.planner.volumes import Volume
 
 if TYPE_CHECKING:
     from foldscan.models import HybridConfig

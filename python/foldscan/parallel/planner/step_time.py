@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from foldscan.parallel.planner.cluster import Cluster, Constants
 from foldscan.parallel.planner.mapping import Mapping, Workload
 from foldscan.parallel.planner.shapes import SCAN_CHUNK, ModelShape
+from foldscan.parallel.planner.step_volumes import stage_parameters, virtual_stages
 from foldscan.parallel.planner.volumes import (
     Traffic,
     all_to_all,
     context_scan_volume,
     deduplicated,
+    expected_ranks,
     gather,
-    stage_parameters,
-    virtual_stages,
 )
 
 # Terms of a step, in the order in which they are shown.
@@ -137,7 +137,6 @@ class StepModel:
         projections += machine.gemm(part, m.hidden, m.mamba_width / tp)
         scan = SCAN_BYTES * scanned * part / tp / machine.cluster.hbm
         states = context_scan_volume(
-            self.work.mbs,
             m.mamba_heads / tp,
             m.mamba_head_dim,
             m.state,
@@ -199,6 +198,7 @@ class StepModel:
                 token_bytes * skew, m.top_k, m.experts, mapping.ep, mapping.ep_stride, node, by_node=by_node
             )
             ep = machine.collective(traffic)
+            gathered = expected_ranks(m.experts, m.top_k, mapping.ep) * token_bytes * skew
         etp = machine.gather(gathered, mapping.etp, 1) + machine.gather(arriving, mapping.etp, 1)
         return 4 * ep, 2 * etp
 

@@ -7,15 +7,14 @@ arXiv:2504.14960 sections 3.2 and 3.3, with the sizes of `foldscan.parallel`'s o
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from math import comb
 
-from foldscan.parallel.planner.mapping import DISPATCHERS, Mapping, Workload
-from foldscan.parallel.planner.shapes import ModelShape
+from foldscan.parallel.planner.mapping import DISPATCHERS
 
-PROBABILITY_BYTES = 4  # fp32
-STATE_BYTES = 4  # the scan's state, fp32
+FLOAT_BYTES = 4  # fp32: probabilities, states of the scan, parts of the loss
+CHOICE_BYTES = 4  # an expert's number beside a token, int32
+COUNT_BYTES = 8  # a number of rows, int64
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,12 @@ def gather(shard: float, ranks: int, stride: int = 1, node: int = 8) -> Traffic:
     return Traffic((ranks - nodes) * shard, (nodes - 1) * shard)
 
 
+def next_door(payload: float, ranks: int, stride: int = 1, node: int = 8) -> Traffic:
+    """``payload`` bytes to the next rank of a group, from a rank at the edge of its node, where the group leaves it."""
+    crosses = local_ranks(ranks, stride, node) < ranks
+    return Traffic(0.0 if crosses else payload, payload if crosses else 0.0)
+
+
 def expected_ranks(experts: int, top_k: int, ranks: int) -> float:
     """Distinct ranks (or nodes) among ``ranks`` that a token's ``top_k`` of ``experts`` live on, own one included.
 
@@ -87,20 +92,29 @@ def expected_ranks(experts: int, top_k: int, ranks: int) -> float:
 
 
 def deduplicated(
-    row: float, top_k: int, experts: int, ranks: int, stride: int = 1, node: int = 8, *, by_node: bool = False
+    row: float,
+    top_k: int,
+    experts: int,
+    ranks: int,
+    stride: int = 1,
+    node: int = 8,
+    *,
+    by_node: bool = False,
+    distinct: float | None = None,
 ) -> Traffic:
     """A token of ``row`` bytes to the ranks that have its experts, once to each.
 
     Args:
         by_node: once to each node, to the rank there that stands as the sender does; that one passes it on.
+        distinct: ranks that a token needs, own one included, where it is known; else `expected_ranks`.
     """
     local = local_ranks(ranks, stride, node)
-    distinct = expected_ranks(experts, top_k, ranks) * row
+    copies = row * (expected_ranks(experts, top_k, ranks) if distinct is None else distinct)
     if not by_node:
-        return all_to_all(distinct, ranks, stride, node)
+        return all_to_all(copies, ranks, stride, node)
     nodes = ranks // local
     hops = expected_ranks(experts, top_k, nodes) * row
-    return Traffic(distinct * (local - 1) / local, hops * (nodes - 1) / nodes)
+    return Traffic(copies * (local - 1) / local, hops * (nodes - 1) / nodes)
 
 
 def dispatch_volumes(
@@ -115,8 +129,9 @@ def dispatch_volumes(
     element_bytes: int = 2,
     ep_stride: int | None = None,
     node: int = 8,
+    distinct: float | None = None,
 ) -> dict[str, Volume]:
-    """One expert layer and micro-batch: dispatch and combine, forward and backward.
+    """One expert layer and micro-batch, dropless: dispatch and combine, forward and backward.
 
     Args:
         tokens: T, of this rank at the layer's input, the same on all.
@@ -128,33 +143,57 @@ def dispatch_volumes(
         element_bytes: of a feature.
         ep_stride: ranks between neighbours of the ep group; etp by default, as folded.
         node: GPUs of a node.
+        distinct: ranks of the ep group that a token needs, own one included, as the deduplicating dispatchers find
+            them; by default `expected_ranks`.
 
     Returns:
-        ``"ep"`` and ``"etp"``, and ``"probs"``: the fp32 probabilities that travel with the tokens and their gradients
-        that come back. The backward pass is the adjoint: it sends as much as the forward pass.
+        ``"ep"`` and ``"etp"``; ``"probs"``: the fp32 probabilities that travel with the tokens and their gradients that
+        come back; ``"metadata"``: what ranks tell each other about the rows, forward only. Where tokens travel rather
+        than rows, all K probabilities and choices of a token go with it. The backward pass is the adjoint: it sends as
+        much as the forward pass.
     """
     if dispatcher not in DISPATCHERS:
         raise ValueError(f"dispatcher: got {dispatcher!r}, want one of {', '.join(DISPATCHERS)}")
     stride = etp if ep_stride is None else ep_stride
-    row, scalars = hidden * element_bytes, top_k * PROBABILITY_BYTES
-    arriving = tokens * top_k * row  # expert rows of this rank before etp, on average
-    gathered, probs_gathered = arriving, tokens * scalars
-    probs = all_to_all(tokens * scalars, ep, stride, node)
+    row, slots = hidden * element_bytes, top_k
+    rows = tokens * top_k  # of this rank's experts before etp, on average
     if dispatcher == "alltoall":
-        exchange = all_to_all(arriving, ep, stride, node)
-    elif dispatcher != "allgather":
-        by_node = dispatcher == "dedup-node"
-        exchange = deduplicated(tokens * row, top_k, experts, ep, stride, node, by_node=by_node)
+        travelling, slots = rows, 1
+
+        def exchange(size: float) -> Traffic:
+            return all_to_all(rows * size, ep, stride, node)
+
+        told = [(experts, ep, stride), (experts, etp, 1)]
+    elif dispatcher == "allgather":
+        travelling = ep * tokens
+
+        def exchange(size: float) -> Traffic:
+            return gather(tokens * size, ep, stride, node)
+
+        told = []
     else:
-        exchange = gather(tokens * row, ep, stride, node)
-        probs = gather(tokens * scalars, ep, stride, node)
-        gathered, probs_gathered = ep * tokens * row, ep * tokens * scalars
-    tensor = gather(gathered, etp, 1, node) + gather(arriving, etp, 1, node)
-    probs = probs + gather(probs_gathered, etp, 1, node)
+        known = expected_ranks(experts, top_k, ep) if distinct is None else distinct
+        travelling, by_node = known * tokens, dispatcher == "dedup-node"
+
+        def exchange(size: float) -> Traffic:
+            return deduplicated(tokens * size, top_k, experts, ep, stride, node, by_node=by_node, distinct=known)
+
+        told = [(ep, ep, stride), (1, etp, 1)]
+
+    def with_etp(size: float) -> Traffic:
+        """One way of ``size`` bytes beside every travelling token or row."""
+        return exchange(size) + gather(travelling * size, etp, 1, node)
+
+    tensor = gather(travelling * row, etp, 1, node) + gather(rows * row, etp, 1, node)
+    probs = with_etp(slots * FLOAT_BYTES)
+    metadata = with_etp(slots * CHOICE_BYTES) if dispatcher != "alltoall" else Traffic()
+    for numbers, ranks, apart in told:
+        metadata += gather(numbers * COUNT_BYTES, ranks, apart, node)
     return {
-        "ep": Volume(exchange * 2, exchange * 2),
+        "ep": Volume(exchange(row) * 2, exchange(row) * 2),
         "etp": Volume(tensor, tensor),
         "probs": Volume(probs, probs),
+        "metadata": Volume(metadata),
     }
 
 
@@ -176,11 +215,13 @@ def context_ring_volume(
 ) -> Volume:
     """Ring attention: keys and values of the other ranks pass by; on the way back their gradients travel as well.
 
+    A rank sends to the next one only: counted for a rank at the edge of its node, where the ring leaves it.
+
     Args:
         tokens: of the rank's part of the sequences, on all heads of the rank.
         kv_width: features of the keys, or of the values, of the rank.
     """
-    forward = gather(2 * tokens * kv_width * element_bytes, cp, stride, node)
+    forward = next_door((cp - 1) * 2 * tokens * kv_width * element_bytes, cp, stride, node)
     return Volume(forward, forward * 2)
 
 
@@ -204,7 +245,6 @@ def context_gather_volume(
 
 
 def context_scan_volume(
-    sequences: int,
     heads: float,
     head_dim: int,
     state: int,
@@ -212,20 +252,29 @@ def context_scan_volume(
     conv: int,
     cp: int,
     *,
+    zigzag: bool = True,
     stride: int = 1,
     element_bytes: int = 2,
     node: int = 8,
 ) -> Volume:
-    """Mamba-2 over context parallelism: the convolution's halo to the next rank, and every rank's state and decay.
+    """Mamba-2 over context parallelism: the convolution's halo to the neighbours, and states and decays to all.
 
-    A rank's part of a sequence maps the state affinely, so that heads (P N + 1) fp32 a sequence are all it has to tell.
+    A piece of a sequence maps the state affinely, so that heads (P N + 1) fp32 are all it has to tell. A micro-batch is
+    cut as a whole, so a cut is inside one sequence at most, however many there are. Counted for the rank that sends
+    most, and at the edge of its node, where there is one; a cut between two sequences costs nothing.
+
+    Args:
+        zigzag: a rank holds two pieces of the micro-batch, one from either half, or one.
     """
     if cp == 1:
         return Volume()
-    halo = sequences * (conv - 1) * conv_channels * element_bytes
-    crosses = local_ranks(cp, stride, node) < cp
-    forward = gather(sequences * heads * (head_dim * state + 1) * STATE_BYTES, cp, stride, node)
-    forward = forward + Traffic(0 if crosses else halo, halo if crosses else 0)
+    pieces = 2 if zigzag else 1
+    halo = (conv - 1) * conv_channels * element_bytes
+    states = gather(pieces * heads * (head_dim * state + 1) * FLOAT_BYTES, cp, stride, node)
+    forward = states + next_door(halo, cp, stride, node)
+    if zigzag and cp > 2:  # to the rank before as well; in a group of two that is the same rank, for the other piece
+        local = local_ranks(cp, stride, node)
+        forward += Traffic(halo, 0.0) if local > 1 else Traffic(0.0, halo)
     return Volume(forward, forward)
 
 
@@ -238,10 +287,38 @@ def pipeline_volume(
     """
     if pp == 1:
         return Volume()
-    once = chunks * tokens * hidden * element_bytes
-    crosses = local_ranks(pp, stride, node) < pp
-    traffic = Traffic(0.0 if crosses else once, once if crosses else 0.0)
+    traffic = next_door(chunks * tokens * hidden * element_bytes, pp, stride, node)
     return Volume(traffic, traffic)
+
+
+def vocabulary_volumes(
+    tokens: float,
+    hidden: int,
+    tp: int,
+    *,
+    element_bytes: int = 2,
+    embedding_bytes: int | None = None,
+    node: int = 8,
+) -> dict[str, Volume]:
+    """A micro-batch through an embedding and a head whose vocabulary is divided over tp.
+
+    Args:
+        tokens: T, of this rank.
+        element_bytes: of the hidden rows that are gathered for the head.
+        embedding_bytes: of the embedded rows; as many by default.
+
+    Returns:
+        ``"embedding"``: partial rows are reduce-scattered. ``"head"``: rows are gathered. ``"loss"``: every rank sends
+        two fp32 numbers for each row of the others. The backward pass sends as much.
+    """
+    rows = {
+        "embedding": gather(
+            tokens * hidden * (element_bytes if embedding_bytes is None else embedding_bytes), tp, 1, node
+        ),
+        "head": gather(tokens * hidden * element_bytes, tp, 1, node),
+        "loss": all_to_all(tp * tokens * 2 * FLOAT_BYTES, tp, 1, node),
+    }
+    return {name: Volume(traffic, traffic) for name, traffic in rows.items()}
 
 
 def optimizer_volume(
@@ -268,99 +345,3 @@ def sharded_volume(parameters: float, ranks: int, *, stride: int = 1, element_by
     """FSDP, a micro-batch: parameters gathered in both passes, gradients reduce-scattered."""
     once = gather(parameters / ranks * element_bytes, ranks, stride, node)
     return Volume(once, once * 2)
-
-
-def step_volumes(
-    model: ModelShape,
-    mapping: Mapping,
-    work: Workload,
-    *,
-    dispatcher: str = "alltoall",
-    element_bytes: int = 2,
-    node: int = 8,
-) -> dict[str, Volume]:
-    """Bytes that a rank of the longest pipeline stage sends in one step, by collective.
-
-    Args:
-        element_bytes: of activations. Gradients go in fp32 and parameters in bf16; with FSDP both in bf16.
-
-    Returns:
-        ``ep``, ``etp``, ``probs``, ``tp``, ``cp``, ``pp``, ``dp`` and ``edp`` (dense and expert gradients and
-        parameters; under FSDP its gathers). Zero where a mapping has none.
-    """
-    stage = max(model.stages(mapping.pp), key=len)
-    microbatches = work.gbs // (mapping.dp * work.mbs)
-    found = {name: Volume() for name in ("ep", "etp", "probs", "tp", "cp", "pp", "dp", "edp")}
-    sizes = {"element_bytes": element_bytes, "node": node}
-    for letter, times in Counter(stage).items():
-        for name, volume in block_volumes(model, letter, mapping, work, dispatcher=dispatcher, **sizes).items():
-            found[name] += volume * (times * microbatches)
-    tokens = work.mbs * work.seq / (mapping.tp * mapping.cp)
-    chunks = virtual_stages(model, mapping, work)
-    stride = mapping.gpus // mapping.pp
-    found["pp"] = pipeline_volume(tokens, model.hidden, mapping.pp, chunks, stride=stride, **sizes) * microbatches
-    dense, expert = stage_parameters(model, mapping)
-    kind, times = (sharded_volume, microbatches) if mapping.sharded else (optimizer_volume, 1)
-    found["dp"] = kind(dense, mapping.dp * mapping.cp, stride=mapping.tp, node=node) * times
-    found["edp"] = kind(expert, mapping.edp, stride=mapping.ep * mapping.etp, node=node) * times
-    return found
-
-
-def block_volumes(
-    model: ModelShape,
-    letter: str,
-    mapping: Mapping,
-    work: Workload,
-    *,
-    dispatcher: str = "alltoall",
-    element_bytes: int = 2,
-    node: int = 8,
-) -> dict[str, Volume]:
-    """Bytes that a rank sends for one block and micro-batch, by collective."""
-    tp, cp = mapping.tp, mapping.cp
-    part = work.mbs * work.seq / cp
-    tokens = part / tp
-    sizes = {"element_bytes": element_bytes, "node": node}
-    found = {}
-    if letter == "E":
-        found = dispatch_volumes(
-            tokens,
-            model.top_k,
-            model.hidden,
-            experts=model.experts,
-            ep=mapping.ep,
-            etp=mapping.etp,
-            dispatcher=dispatcher,
-            ep_stride=mapping.ep_stride,
-            **sizes,
-        )
-    if letter != "E" or model.shared_ffn:
-        found["tp"] = tensor_volume(tokens, model.hidden, tp, regather=work.tp_regather, **sizes)
-    if letter == "*":
-        exchange = context_ring_volume if work.context == "ring" else context_gather_volume
-        found["cp"] = exchange(part, model.kv_width / tp, cp, stride=tp, **sizes)
-    if letter == "M":
-        channels = (model.mamba_width + 2 * model.mamba_groups * model.state) / tp
-        heads = model.mamba_heads / tp
-        found["cp"] = context_scan_volume(
-            work.mbs, heads, model.mamba_head_dim, model.state, channels, model.conv, cp, stride=tp, **sizes
-        )
-    return found
-
-
-def virtual_stages(model: ModelShape, mapping: Mapping, work: Workload) -> int:
-    """Model chunks of a pipeline stage: as asked, or as many as the smallest stage has layers."""
-    if work.vpp is not None:
-        return work.vpp
-    return max(1, model.layers // mapping.pp)
-
-
-def stage_parameters(model: ModelShape, mapping: Mapping) -> tuple[float, float]:
-    """Most dense and most expert parameters of any rank, before sharding over data parallelism.
-
-    Embedding and head are spread evenly over the stages, as arXiv:2504.14960's memory figures have it.
-    """
-    stages = set(model.stages(mapping.pp))
-    dense = max(model.dense_parameters(stage) for stage in stages) + model.vocabulary_parameters / mapping.pp
-    expert = max(model.expert_parameters(stage) for stage in stages)
-    return dense / mapping.tp, expert / (mapping.ep * mapping.etp)
