@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import folding
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
-from parallel import folding
 
 
 def worker(rank: int, folder: str, chosen: list[int]) -> None:

@@ -12,11 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import traffic
 from foldscan.parallel import collectives
 from foldscan.parallel.planner.volumes import Traffic, Volume
-
-from parallel import traffic
-from parallel.traffic import CASES, MICROBATCHES, NODE, WORLD
+from traffic import CASES, MICROBATCHES, NODE, WORLD
 
 # Ranks of a cp group differ in these: the first and the last have fewer neighbours. The plan is of the rank that sends
 # most, at the edge of its node.
