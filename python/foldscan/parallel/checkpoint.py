@@ -225,7 +225,8 @@ class _Reader(StorageReader):
         try:
             self.files = PieceFolder(self.folder)
         except FormatError as error:
-            # An error here makes dcp look for files of another kind; in the next call the ranks tell each other.
+            # From here, dcp would take an error for a checkpoint of another kind (and with **kwargs ask once more); in
+            # the next call the ranks tell each other.
             self.problem = error
             return Metadata({}, storage_meta=StorageMeta())
         self.pieces = {(p.name, p.offsets): p for pieces in self.files.pieces.values() for p in pieces}
