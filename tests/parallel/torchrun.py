@@ -60,8 +60,8 @@ def write_config(data: Path, run_dir: Path, **changes: Any) -> Path:
         "batch_tokens": 96,
         "accumulation": 4,
         "seq_length": 64,
-        "lr": 2e-3,
-        "min_lr": 2e-4,
+        "lr": 1e-2,
+        "min_lr": 1e-3,
         "warmup_steps": 2,
         "adam_eps": 1e-3,  # Adam's first updates are the gradient's sign, uncertain where that is rounding noise
         "precision": "fp32",

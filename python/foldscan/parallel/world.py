@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from foldscan.models.files import FormatError
 from foldscan.parallel.collectives import PeerError, verdict
+from foldscan.parallel.process_groups import forget
 
 _T = TypeVar("_T")
 _Said = tuple[type[BaseException], str]
@@ -156,6 +158,10 @@ class World:
     def close(self) -> None:
         """Leave; the processes of a run that ended well leave together."""
         if self.size > 1 and dist.is_initialized():
+            # A group's threads end with its last owner. Left to the interpreter's own end, they now and then abort the
+            # process; models and schedules, which own groups, are in cycles.
+            forget()
+            gc.collect()
             dist.destroy_process_group()
 
 
