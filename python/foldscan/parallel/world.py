@@ -57,6 +57,10 @@ class World:
             return cls(0, 1)
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         if not dist.is_initialized():
+            # Its functions have the world as a default argument: imported later (checkpoints do), they would own the
+            # group for ever, and `close` could not end it.
+            import torch.distributed.nn.functional  # noqa: F401
+
             limit = timedelta(seconds=timeout)
             store, rank, size = next(dist.rendezvous("env://", timeout=limit))
             # torchrun's store outlives a restart: without a name of its own, the new processes would look for the dead
