@@ -66,4 +66,6 @@ def plant(fault: str, rank: int, call: int, mark: Path) -> None:
 
 if __name__ == "__main__":
     plant(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
-    sys.exit(main(sys.argv[5:]))
+    code = main(sys.argv[5:])
+    print(f"threads at the end: {len(list(Path('/proc/self/task').iterdir()))}", file=sys.stderr, flush=True)
+    sys.exit(code)

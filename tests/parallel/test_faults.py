@@ -76,6 +76,8 @@ def test_a_restarted_run_has_the_same_bits(data: Path, undisturbed: Path, tmp_pa
     assert done.returncode == 0, done.stderr[-3000:]
     torchrun.assert_same_bits(tmp_path / "run", undisturbed)
     assert leftovers(tmp_path / "run") == []
+    # A backend's thread that outlives its process group may abort a rank that is done.
+    assert done.stderr.count("threads at the end: 1\n") >= torchrun.RANKS, done.stderr[-3000:]
 
 
 def test_what_one_rank_cannot_read_ends_all(data: Path, tmp_path: Path) -> None:
