@@ -1,13 +1,13 @@
 """Tensors in pieces: what the ranks of a mesh write of a model, one safetensors file each, to be read back in any way.
 
-A file's header says of each piece where in the whole tensor it begins and how large the whole is. Tensors without such
-an entry are whole, so a folder that one process wrote reads the same way.
+A file's header says of each piece where in the whole tensor it begins and how large the whole is, and how many ranks
+wrote. Tensors without such an entry are whole, so a folder that one process wrote reads the same way.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from foldscan.models.files import FormatError
 
-_HEADER = "pieces"
+_HEADER, _RANKS = "pieces", "ranks"
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,42 @@ class Piece:
     dtype: str
 
 
-def write_pieces(file: Path, pieces: Iterable[tuple[str, Sequence[int], Sequence[int], torch.Tensor]]) -> None:
-    """Write (name, offsets, shape of the whole, tensor) pieces as one safetensors file."""
+def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it could not be written; a full disk, for instance.
+    """
+    try:
+        save_file(dict(tensors), file, metadata=dict(metadata or {}))
+    except SafetensorError as error:
+        raise OSError(f"{file}: {error}") from None
+
+
+def rank_file(folder: Path, rank: int) -> Path:
+    """The file that a rank writes."""
+    return folder / f"rank_{rank:05d}.safetensors"
+
+
+def write_pieces(
+    folder: Path, rank: int, ranks: int, pieces: Iterable[tuple[str, Sequence[int], Sequence[int], torch.Tensor]]
+) -> Path:
+    """Write (name, offsets, shape of the whole, tensor) pieces as the file of one of ``ranks`` ranks.
+
+    Returns:
+        The file; a rank without any piece has one too.
+
+    Raises:
+        OSError: it could not be written.
+    """
     tensors, header = {}, {}
     for name, offsets, shape, tensor in pieces:
         key = f"{name}@{'.'.join(map(str, offsets))}" if any(offsets) or tuple(shape) != tuple(tensor.shape) else name
         tensors[key] = tensor.detach().to("cpu").contiguous().clone()
         header[key] = {"name": name, "offsets": list(offsets), "shape": list(shape)}
-    save_file(tensors, file, metadata={"format": "pt", _HEADER: json.dumps(header)})
+    file = rank_file(folder, rank)
+    save_tensors(file, tensors, {"format": "pt", _HEADER: json.dumps(header), _RANKS: str(ranks)})
+    return file
 
 
 class PieceFolder:
@@ -52,17 +80,22 @@ class PieceFolder:
         pieces: by the tensor's name.
 
     Raises:
-        FormatError: no such files, a broken one, or one whose header does not describe its tensors.
+        FormatError: no such files, a rank's missing or broken, or one whose header does not describe its tensors.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._opened: dict[Path, Any] = {}
         self.pieces: dict[str, list[Piece]] = {}
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise FormatError(f"{folder}: holds no safetensors files")
         for file in files:
-            for piece in _pieces_in(file):
+            ranks, pieces = _pieces_in(file)
+            for absent in (rank_file(folder, rank) for rank in range(ranks)):
+                if absent not in files:
+                    raise FormatError(f"{absent}: no such file, but {file.name} is one of {ranks}")
+            for piece in pieces:
                 known = self.pieces.setdefault(piece.name, [])
                 if known and known[0].shape != piece.shape:
                     raise FormatError(
@@ -80,10 +113,12 @@ class PieceFolder:
     def read_piece(self, piece: Piece, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
         """A box inside of a piece, ``offsets`` counted from the piece's own corner."""
         try:
-            with safe_open(piece.file, framework="pt") as opened:
-                if not piece.sizes:
-                    return opened.get_tensor(piece.key)
-                return opened.get_slice(piece.key)[tuple(slice(o, o + s) for o, s in zip(offsets, sizes))]
+            if piece.file not in self._opened:  # opening is dearer than reading: a header has an entry for every piece
+                self._opened[piece.file] = safe_open(piece.file, framework="pt")
+            opened = self._opened[piece.file]
+            if not piece.sizes:
+                return opened.get_tensor(piece.key)
+            return opened.get_slice(piece.key)[tuple(slice(o, o + s) for o, s in zip(offsets, sizes))]
         except (SafetensorError, OSError) as error:
             raise FormatError(f"{piece.file}: tensor {piece.name!r}: {error}") from None
 
@@ -112,11 +147,12 @@ class PieceFolder:
         return self.pieces[name][0].file if name in self.pieces else self.folder
 
 
-def _pieces_in(file: Path) -> list[Piece]:
+def _pieces_in(file: Path) -> tuple[int, list[Piece]]:
+    """How many ranks wrote a folder, 0 where one process did, and the pieces in one of its files."""
     try:
         with safe_open(file, framework="pt") as opened:
-            header = json.loads((opened.metadata() or {}).get(_HEADER, "{}"))
-            found = []
+            metadata = opened.metadata() or {}
+            header, ranks, found = json.loads(metadata.get(_HEADER, "{}")), int(metadata.get(_RANKS, "0")), []
             for key in opened.keys():  # noqa: SIM118 - not a dictionary
                 view = opened.get_slice(key)
                 sizes, dtype = tuple(view.get_shape()), str(view.get_dtype())
@@ -130,8 +166,10 @@ def _pieces_in(file: Path) -> list[Piece]:
                         f"{file}: tensor {key!r} of shape {sizes} at {offsets} is no piece of one of shape {shape}"
                     )
                 found.append(Piece(str(entry["name"]), offsets, sizes, shape, key, file, dtype))
-            return found
+            return ranks, found
+    except FormatError:
+        raise
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{file}: not a safetensors file ({error})") from None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{file}: header field {_HEADER!r} does not describe the tensors ({error})") from None

@@ -15,7 +15,10 @@ from foldscan.models.files import FormatError, atomic_directory, read_json, want
 from foldscan.models.gguf import read_gguf
 from foldscan.models.hybrid_lm import HybridLM
 from foldscan.models.layouts import LAYOUTS, CannotExpress, Layout
+from foldscan.models.pieces import PieceFolder
 from foldscan.models.tensors import TensorFolder, write_tensors
+
+AVERAGE = "ema/"  # before a parameter's name: its moving average in a training checkpoint
 
 
 def _layout(model_type: str, where: object) -> Layout:
@@ -67,6 +70,7 @@ def load_pretrained(
     *,
     dtype: torch.dtype = torch.float32,
     time_step_limit: tuple[float, float] | None = None,
+    average: bool = False,
 ) -> HybridLM:
     """A `HybridLM` with the weights of a directory, a GGUF file, or a transformers model in memory.
 
@@ -80,10 +84,15 @@ def load_pretrained(
         time_step_limit: overrides the clamp of dt of a Mamba-2 model. By default it is what the writer of the files
             computes: ``config.time_step_limit``, but for files of transformers 5, which clamps at ``time_step_min``
             from below instead (docs/models.md).
+        average: instead of the weights take their moving averages, which a training checkpoint holds when the run's
+            ``ema_decay`` is not 0; what is no parameter (a router's bias) is as it is.
 
     Raises:
         FormatError: a malformed file; the message names the file and the field or tensor.
+        ValueError: ``average`` of what is not a directory.
     """
+    if average and (isinstance(source, nn.Module) or not Path(source).is_dir()):
+        raise ValueError(f"average: got True for {source}, want a training checkpoint's directory")
     if isinstance(source, nn.Module):
         return _from_module(source, dtype, time_step_limit)
     path = Path(source)
@@ -99,8 +108,18 @@ def load_pretrained(
     config = _limited(layout.read_config(values, file), time_step_limit)
     folder = TensorFolder(path)
     model = HybridLM(config, init=False).to(dtype)
-    _fill(model, layout, folder.names(), folder.get, folder.where, values)
+    get = _averages(path, model, folder.get) if average else folder.get
+    _fill(model, layout, folder.names(), get, folder.where, values)
     return model.eval()
+
+
+def _averages(folder: Path, model: HybridLM, otherwise: Callable[[str], torch.Tensor]) -> Callable[[str], torch.Tensor]:
+    """How to get the moving average of a parameter, or a tensor that is none."""
+    files, parameters = PieceFolder(folder), {name for name, _ in model.named_parameters()}
+    absent = sorted(name for name in parameters if AVERAGE + name not in files.pieces)
+    if absent:
+        raise FormatError(f"{folder}: tensor {AVERAGE + absent[0]!r} is missing: was it trained with an ema_decay?")
+    return lambda name: files.read(AVERAGE + name) if name in parameters else otherwise(name)
 
 
 def _limited(config: HybridConfig, limit: tuple[float, float] | None) -> HybridConfig:

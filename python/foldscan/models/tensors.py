@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from foldscan.models.files import FormatError, read_json, want_field, write_json
-from foldscan.models.pieces import PieceFolder
+from foldscan.models.pieces import PieceFolder, save_tensors
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -91,7 +90,11 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], *, max_shard_bytes: int = 4 << 30) -> None:
-    """Write ``model.safetensors``, or numbered shards and their index when the whole is larger than one shard."""
+    """Write ``model.safetensors``, or numbered shards and their index when the whole is larger than one shard.
+
+    Raises:
+        OSError: they could not be written.
+    """
     shards: list[dict[str, torch.Tensor]] = [{}]
     held = 0
     for name, tensor in tensors.items():
@@ -103,12 +106,12 @@ def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], *, max_shar
         shards[-1][name] = tensor.detach().to("cpu").contiguous().clone()
         held += size
     if len(shards) == 1:
-        save_file(shards[0], folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(folder / WEIGHTS, shards[0], {"format": "pt"})
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        save_tensors(folder / file, shard, {"format": "pt"})
         weight_map.update(dict.fromkeys(shard, file))
     total = sum(t.numel() * t.element_size() for t in tensors.values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

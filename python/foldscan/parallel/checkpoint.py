@@ -42,9 +42,11 @@ from torch.futures import Future
 
 from foldscan.models import FormatError
 from foldscan.models.pieces import Piece, PieceFolder, write_pieces
+from foldscan.models.pretrained import AVERAGE
 from foldscan.parallel.model import FoldedLM
 from foldscan.parallel.optimizer import DistributedOptimizer, Shard
 from foldscan.parallel.placement import Placement
+from foldscan.parallel.world import waiting
 
 _DTYPES = {
     "F64": torch.float64,
@@ -95,7 +97,7 @@ def holdings(model: FoldedLM, optimizer: DistributedOptimizer) -> dict[str, list
         place = model.placements[name]
         tensors = {name: shard.value.detach()}
         if name in optimizer.averages:
-            tensors[f"ema/{name}"] = optimizer.averages[name]
+            tensors[AVERAGE + name] = optimizer.averages[name]
         for key, value in optimizer.inner.state.get(shard.value, {}).items():
             tensors[f"optimizer/{name}/{key}"] = value
         for full, tensor in tensors.items():
@@ -173,8 +175,8 @@ def _held_at(held: Holdings, index: MetadataIndex) -> Held:
 class _Writer(StorageWriter):
     """One safetensors file a rank."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self.folder, self.rank = folder, rank
+    def __init__(self, folder: Path, rank: int, ranks: int) -> None:
+        self.folder, self.rank, self.ranks = folder, rank, ranks
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass
@@ -196,11 +198,8 @@ class _Writer(StorageWriter):
             assert isinstance(tensor, torch.Tensor) and item.tensor_data is not None
             pieces.append((item.index.fqn, item.tensor_data.chunk.offsets, item.tensor_data.size, tensor))
             written.append(WriteResult(item.index, tensor.nbytes, None))
-        if pieces:
-            file = self.folder / f"rank_{self.rank:05d}.safetensors"
-            write_pieces(file, pieces)
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
+        with open(write_pieces(self.folder, self.rank, self.ranks, pieces), "rb") as opened:
+            os.fsync(opened.fileno())
         results.set_result(written)
         return results
 
@@ -217,22 +216,30 @@ class _Reader(StorageReader):
         self.folder = folder
         self.pieces: dict[tuple[str, tuple[int, ...]], Piece] = {}
         self.files: PieceFolder | None = None
+        self.problem: FormatError | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        files = PieceFolder(self.folder)
+    def read_metadata(self) -> Metadata:  # type: ignore[override]
+        try:
+            self.files = PieceFolder(self.folder)
+        except FormatError as error:
+            # From here, dcp would take an error for a checkpoint of another kind (and with **kwargs ask once more); in
+            # the next call the ranks tell each other.
+            self.problem = error
+            return Metadata({}, storage_meta=StorageMeta())
+        self.pieces = {(p.name, p.offsets): p for pieces in self.files.pieces.values() for p in pieces}
         known: dict[str, Any] = {}
-        for name, pieces in files.pieces.items():
+        for name, pieces in self.files.pieces.items():
             chunks = [ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.sizes)) for p in pieces]
             properties = TensorProperties(dtype=_DTYPES.get(pieces[0].dtype, torch.float32))
             known[name] = TensorStorageMetadata(properties, torch.Size(pieces[0].shape), chunks)
         return Metadata(known, storage_meta=StorageMeta())
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self.files = PieceFolder(self.folder)
-        self.pieces = {(p.name, p.offsets): p for pieces in self.files.pieces.values() for p in pieces}
+        if self.problem is not None:
+            raise self.problem
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
@@ -260,18 +267,21 @@ def save_pieces(folder: Path, model: FoldedLM, optimizer: DistributedOptimizer) 
     Raises:
         OSError: on every rank, when one could not write; the message says which and why.
     """
-    held, alone = holdings(model, optimizer), not dist.is_initialized()
+    held, groups = holdings(model, optimizer), model.groups
+    writer = _Writer(folder, groups.rank, groups.mesh.world_size)
     try:
-        dcp.save({}, storage_writer=_Writer(folder, model.groups.rank), planner=_SavePlanner(held), no_dist=alone)
+        with waiting("the writing of a checkpoint"):
+            dcp.save({}, storage_writer=writer, planner=_SavePlanner(held), no_dist=not dist.is_initialized())
     except dcp.api.CheckpointException as error:
-        raise OSError(f"{folder}: the checkpoint was not written: {_causes(error)}") from None
+        raise OSError(f"{folder}: the checkpoint was not written: {_cause(error, writer.ranks)}") from None
 
 
 def load_pieces(folder: Path, model: FoldedLM, optimizer: DistributedOptimizer) -> None:
     """Bring weights, optimizer state, averages and router biases back, from any mesh's files; every rank calls it.
 
     Raises:
-        FormatError: on every rank; a tensor is missing, misshapen, or not covered by its pieces.
+        FormatError: on every rank; a file is missing or broken, a tensor is missing, misshapen, or not covered by its
+            pieces. Weights and optimizer are as they were.
     """
     _make_state(optimizer)
     held = holdings(model, optimizer)
@@ -284,9 +294,10 @@ def load_pieces(folder: Path, model: FoldedLM, optimizer: DistributedOptimizer) 
         held[name] = [Held(shape, (0,) * len(shape), buffer)]
     reader = _Reader(folder)
     try:
-        dcp.load({}, storage_reader=reader, planner=_LoadPlanner(held, folder), no_dist=not dist.is_initialized())
+        with waiting("the reading of a checkpoint"):
+            dcp.load({}, storage_reader=reader, planner=_LoadPlanner(held, folder), no_dist=not dist.is_initialized())
     except dcp.api.CheckpointException as error:
-        raise FormatError(_causes(error)) from None
+        raise FormatError(_cause(error, model.groups.mesh.world_size)) from None
     optimizer.publish()
     model.share_head()
 
@@ -300,7 +311,9 @@ def _make_state(optimizer: DistributedOptimizer) -> None:
             optimizer.inner.state[shard.value] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
 
-def _causes(error: Any) -> str:
-    """What failed on which ranks, one line."""
-    failures = {str(wrapped[0]): rank for rank, wrapped in sorted(error.failures.items(), reverse=True)}
-    return "; ".join(f"rank {rank}: {' '.join(text.split())}" for text, rank in failures.items())
+def _cause(error: Any, ranks: int) -> str:
+    """What the first rank that failed says, one line; with its number where the others say something else."""
+    said = {rank: " ".join(str(wrapped[0]).split()) for rank, wrapped in sorted(error.failures.items())}
+    first = min(said)
+    alike = len(said) == ranks and len(set(said.values())) == 1
+    return said[first] if alike else f"rank {first}: {said[first]}"

@@ -45,6 +45,7 @@ class MeshEngine:
             self._model.placements,
             self.groups.group,
             lambda named: make_optimizer(named, config),
+            ema=config.ema_decay or None,
         )
         if config.accumulation % self.groups.mesh.dp:
             raise ValueError(

@@ -67,6 +67,13 @@ class ProcessGroups:
         return DeviceMesh.from_group(groups, self.device_type, mesh=ranks, mesh_dim_names=names)
 
 
+def forget() -> None:
+    """Let go of all process groups, so that they end with `destroy_process_group` and not with the interpreter."""
+    global _world
+    _known.clear()
+    _world = None
+
+
 _world: dist.ProcessGroup | None = None
 _known: dict[tuple[tuple[tuple[int, ...], ...], float | None], dist.ProcessGroup] = {}
 

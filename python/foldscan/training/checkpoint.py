@@ -68,7 +68,7 @@ def save_checkpoint(
     """
     run_dir = Path(config.run_dir)
     target = run_dir / "checkpoints" / f"step_{progress.step:08d}"
-    if target.exists():
+    if world.told(target.exists(), bool):
         return target
     work = target.with_name(f".{target.name}.tmp")
 
@@ -92,7 +92,7 @@ def save_checkpoint(
 
     try:
         world.together(begin)
-        engine.save(work)
+        world.everyone(lambda: engine.save(work))
         world.together(finish)
     except BaseException:
         if world.is_main:

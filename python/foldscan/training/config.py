@@ -39,6 +39,8 @@ class TrainConfig:
         decay_fraction: of the steps, spent in the decay of ``"wsd"``.
         weight_decay, beta1, beta2, adam_eps: of AdamW; decay acts on matrices only.
         clip_norm: largest global gradient norm; 0 for no clipping.
+        ema_decay: 0, or the decay a step of a moving average of the weights, kept in fp32 beside them and saved in the
+            checkpoints, of which ``load_pretrained(checkpoint, average=True)`` makes a model.
         precision: ``"fp32"``, or ``"bf16"`` for autocast over fp32 weights.
         activation_checkpointing: recompute blocks in backward.
         seed: of the initial weights and the order of the data.
@@ -72,6 +74,7 @@ class TrainConfig:
     beta2: float = 0.95
     adam_eps: float = 1e-8
     clip_norm: float = 1.0
+    ema_decay: float = 0.0
     precision: str = "bf16"
     activation_checkpointing: bool = False
     seed: int = 0
@@ -108,6 +111,8 @@ class TrainConfig:
             raise ValueError(f"precision: got {self.precision!r}, want 'fp32' or 'bf16'")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"min_lr: got {self.min_lr} with lr {self.lr}, want 0 <= min_lr <= lr")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: got {self.ema_decay}, want in [0, 1)")
         if not 0 < self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction: got {self.decay_fraction}, want in (0, 1]")
         if (self.corpus is None) == (self.train_data is None):

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import save_file
 
 from foldscan.data import PackedBatch, TokenFile
 from foldscan.models import FormatError, HybridLM
-from foldscan.models.pieces import PieceFolder
+from foldscan.models.pieces import PieceFolder, save_tensors
+from foldscan.models.pretrained import AVERAGE
 from foldscan.models.tensors import write_tensors
 from foldscan.training.config import TrainConfig
 from foldscan.training.evaluate import Evaluation, autocast, evaluate
@@ -58,10 +58,18 @@ class Engine(Protocol):
         """On held-out documents, as the config says."""
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer state into a folder that exists; every process calls it."""
+        """Write weights, optimizer state and averages into a folder that exists; every process calls it.
+
+        Raises:
+            OSError: on every process, when one could not write.
+        """
 
     def load(self, folder: Path) -> None:
-        """The inverse of `save`, whoever wrote the folder."""
+        """The inverse of `save`, whoever wrote the folder.
+
+        Raises:
+            FormatError: on every process; names the file and the tensor. Nothing is changed.
+        """
 
     def model(self) -> HybridLM | None:
         """The whole model, where one process has it."""
@@ -74,6 +82,12 @@ class LocalEngine:
         self.config, self._model = config, model
         self._optimizer = make_optimizer(list(model.named_parameters()), config)
         self.num_parameters = model.num_parameters()
+        self._averages: dict[str, torch.Tensor] = {}
+        if config.ema_decay:
+            self._averages = {
+                n: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+                for n, p in model.named_parameters()
+            }
 
     def step(self, batches: Sequence[PackedBatch], rate: float) -> StepResult:
         model, config = self._model, self.config
@@ -95,9 +109,16 @@ class LocalEngine:
         result.grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
         check_norm(result.grad_norm)
         self._optimizer.step()
+        self._average()
         if result.expert_counts is not None and config.model.router_bias_rate:
             model.update_router_bias(result.expert_counts)
         return result
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        parameters = dict(self._model.named_parameters())
+        for name, average in self._averages.items():
+            average.lerp_(parameters[name].to(average.dtype), 1 - self.config.ema_decay)
 
     def evaluate(self, file: TokenFile) -> Evaluation:
         config = self.config
@@ -113,20 +134,23 @@ class LocalEngine:
     def save(self, folder: Path) -> None:
         write_tensors(folder, self._model.state_dict())
         state = {f"{_OPTIMIZER}{n}": t for n, t in optimizer_tensors(self._model, self._optimizer).items()}
-        save_file(state, folder / "training.safetensors")
+        state |= {f"{AVERAGE}{n}": t for n, t in self._averages.items()}
+        save_tensors(folder / "training.safetensors", state)
 
     def load(self, folder: Path) -> None:
         files, own = PieceFolder(folder), self._model.state_dict()
+        own |= {f"{AVERAGE}{n}": t for n, t in self._averages.items()}
         for name, tensor in own.items():
             if files.shape(name) != tuple(tensor.shape):
                 raise FormatError(
                     f"{files.where(name)}: tensor {name!r} has shape {files.shape(name)}, want {tuple(tensor.shape)}"
                 )
         moments = {n.removeprefix(_OPTIMIZER): files.read(n) for n in files.pieces if n.startswith(_OPTIMIZER)}
+        found = {name: files.read(name) for name in own}  # all of it before anything is changed
         restore_optimizer(self._model, self._optimizer, moments, folder)
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(files.read(name))
+                tensor.copy_(found[name])
 
     def model(self) -> HybridLM | None:
         return self._model

@@ -12,7 +12,7 @@ import torch
 
 from foldscan.data import PackedSampler, TokenFile, Tokenizer
 from foldscan.models import HybridLM, load_pretrained
-from foldscan.parallel.world import World, explain
+from foldscan.parallel.world import World
 from foldscan.training.checkpoint import Progress, checkpoints, clear_leftovers, load_checkpoint, save_checkpoint
 from foldscan.training.config import TrainConfig
 from foldscan.training.corpus import PreparedData, prepare
@@ -158,45 +158,56 @@ def train(
     Raises:
         FileExistsError: the run already has checkpoints and ``resume`` is false.
         ValueError, FormatError: config, data or checkpoint do not fit together.
+        OSError: a file could not be read or written; earlier checkpoints are untouched.
         FloatingPointError: a gradient is not finite.
+        RuntimeError: another process is gone or stalled; says who waited for whom.
+        SystemExit: with status 1, an error that every process has, in those that do not tell of it.
     """
     world = World.join(config.parallel.timeout)
     try:
         return _train(config, world, resume=resume or world.restarts > 0, data=data, listener=listener)
+    except Exception as error:
+        world.fail(error)
+        raise
     finally:
         world.close()
 
 
-def _open_together(config: TrainConfig, world: World) -> PreparedData:
+def _open_together(config: TrainConfig, world: World, data: PreparedData | None) -> PreparedData:
     """Make the run's folder and, on first use, its data, in one process; then open the data in all."""
     run_dir = Path(config.run_dir)
-    opened: list[PreparedData] = []
+    opened = [] if data is None else [data]
 
     def first() -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         clear_leftovers(run_dir)
-        opened.append(open_data(config))
+        if not opened:
+            opened.append(open_data(config))
 
     world.together(first)
-    return opened[0] if opened else open_data(config)
+    return world.everyone(lambda: opened[0] if opened else open_data(config))
 
 
 def _train(
     config: TrainConfig, world: World, *, resume: bool, data: PreparedData | None, listener: Listener | None
 ) -> TrainResult:
     run_dir = Path(config.run_dir)
-    existing = world.told(checkpoints(run_dir), list)
-    if existing and not resume:
-        raise FileExistsError(
-            f"{run_dir} already holds checkpoints up to {existing[-1].name}; resume it or choose another"
+    with world.doing("start"):
+        existing = world.told(checkpoints(run_dir), list)
+        if existing and not resume:
+            last_one = existing[-1].name
+            raise world.shared(
+                FileExistsError(f"{run_dir} already holds checkpoints up to {last_one}; resume it or choose another")
+            )
+        opened = _open_together(config, world, data)
+        engine = world.everyone(lambda: _make_engine(config, opened.tokenizer, world))
+        sampler = PackedSampler(
+            opened.train, batch_tokens=config.batch_tokens, max_length=config.seq_length, seed=config.seed
         )
-    opened = data or _open_together(config, world)
-    engine = _make_engine(config, opened.tokenizer, world)
-    sampler = PackedSampler(
-        opened.train, batch_tokens=config.batch_tokens, max_length=config.seq_length, seed=config.seed
-    )
-    progress = load_checkpoint(existing[-1], engine, sampler, config) if existing else Progress()
-    reporter = _Reporter(config, progress, engine.num_parameters, listener) if world.is_main else None
+        progress = Progress()
+        if existing:
+            progress = world.everyone(lambda: load_checkpoint(existing[-1], engine, sampler, config))
+        reporter = _Reporter(config, progress, engine.num_parameters, listener) if world.is_main else None
     evaluation: Evaluation | None = None
 
     def run_evaluation() -> Evaluation | None:
@@ -211,43 +222,43 @@ def _train(
     try:
         done = fraction_done(config, progress.step, progress.seconds)
         while done < 1:
-            started = time.perf_counter()
-            rate = learning_rate(config, progress.step, progress.seconds)
-            batches = [sampler.next() for _ in range(config.accumulation)]
-            try:
-                interval.add(engine.step(batches, rate), config.step_tokens)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"step {progress.step}: {error}") from None
-            except RuntimeError as error:
-                raise RuntimeError(f"{world.name()}step {progress.step}: {explain(error)}") from error
-            # A schedule may follow the clock, and there is to be one clock.
-            elapsed = world.told(time.perf_counter() - started, float)
-            interval.seconds += elapsed
-            progress.seconds += elapsed
-            progress.tokens += config.step_tokens
-            progress.step += 1
-            before, done = done, fraction_done(config, progress.step, progress.seconds)
-            last = done == 1
+            with world.doing(f"step {progress.step}"):
+                started = time.perf_counter()
+                rate = learning_rate(config, progress.step, progress.seconds)
+                batches = [sampler.next() for _ in range(config.accumulation)]
+                try:
+                    interval.add(engine.step(batches, rate), config.step_tokens)
+                except FloatingPointError as error:
+                    raise world.shared(FloatingPointError(f"step {progress.step}: {error}")) from None
+                # A schedule may follow the clock, and there is to be one clock.
+                elapsed = world.told(time.perf_counter() - started, float)
+                interval.seconds += elapsed
+                progress.seconds += elapsed
+                progress.tokens += config.step_tokens
+                progress.step += 1
+                before, done = done, fraction_done(config, progress.step, progress.seconds)
+                last = done == 1
 
-            def due(every: int, before: float = before, after: float = done, last: bool = last) -> bool:
-                return last or is_due(config, every, progress.step, before, after)
+                def due(every: int, before: float = before, after: float = done, last: bool = last) -> bool:
+                    return last or is_due(config, every, progress.step, before, after)
 
-            if due(config.log_every):
-                if reporter is not None:
-                    record = {
-                        **interval.record(config.accumulation),
-                        "lr": rate,
-                        "epochs": sampler.epochs,
-                        "done": done,
-                    }
-                    reporter.step(progress, record)
-                interval = _Interval()
-            if due(config.eval_every):
-                evaluation = run_evaluation()
-            if due(config.checkpoint_every):
-                save_checkpoint(world, engine, sampler, progress, opened.tokenizer, config)
+                if due(config.log_every):
+                    if reporter is not None:
+                        record = {
+                            **interval.record(config.accumulation),
+                            "lr": rate,
+                            "epochs": sampler.epochs,
+                            "done": done,
+                        }
+                        reporter.step(progress, record)
+                    interval = _Interval()
+                if due(config.eval_every):
+                    evaluation = run_evaluation()
+                if due(config.checkpoint_every):
+                    save_checkpoint(world, engine, sampler, progress, opened.tokenizer, config)
         if evaluation is None:
-            evaluation = run_evaluation()
+            with world.doing("evaluation"):
+                evaluation = run_evaluation()
     finally:
         if reporter is not None:
             reporter.close()
