@@ -158,12 +158,14 @@ class Case:
 
     options: ParallelConfig
     dtype: torch.dtype
+    recompute: bool
 
     def __str__(self) -> str:
         o = self.options
         sizes = " ".join(f"{axis}{getattr(o, axis)}" for axis in ("tp", "cp", "ep", "etp", "pp"))
         drop = " dropping" if o.capacity_factor else ""
         zigzag = "zigzag" if o.zigzag else "contiguous"
+        drop += " recomputing" if self.recompute else ""
         kind = "fp64" if self.dtype == torch.float64 else "fp32"
         return f"{sizes} {o.order} {o.dispatcher} {o.attention} {zigzag} stages {o.stages_per_rank}{drop} {kind}"
 
@@ -182,7 +184,8 @@ def legal_mappings(order: str) -> Iterator[dict[str, int]]:
 def cases() -> list[Case]:
     """Every mapping, both orders (once where they divide the world alike), dropless and dropping, fp64 and fp32.
 
-    Dispatchers, ways of context attention, layouts and schedules take turns; tests of their own prove them equal.
+    Dispatchers, ways of context attention, layouts, schedules and recomputation take turns; tests of their own prove
+    them equal.
     """
     found, seen = [], set()
     for order in ORDERS:
@@ -204,7 +207,7 @@ def cases() -> list[Case]:
                     stages_per_rank=2 if 1 < sizes["pp"] <= 4 and (turn // 4) % 2 else 1,
                     capacity_factor=capacity,
                 )
-                found.append(Case(options, dtype))
+                found.append(Case(options, dtype, recompute=turn % 5 == 0))
     return found
 
 
@@ -230,7 +233,7 @@ def compare(case: Case, want: Reference) -> Errors:
     errors = Errors()
     mesh = case.options.mesh(WORLD)
     groups = mesh.init_process_groups()
-    model = FoldedLM(CONFIG, groups, case.options).to(case.dtype)
+    model = FoldedLM(CONFIG, groups, case.options, recompute=case.recompute).to(case.dtype)
     model.load_whole(want.initial)
     optimizer = DistributedOptimizer(model.named_parameters(), model.placements, groups.group, optimizer_for)
     dp, own = mesh.position(groups.rank)["dp"], groups.group("tp-cp").index

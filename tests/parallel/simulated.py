@@ -45,7 +45,7 @@ def _all_to_all_single(
     out.copy_(torch.cat([sent[me] for sent, _ in parts]))
 
 
-def _all_gather_into_tensor(out: torch.Tensor, x: torch.Tensor, group: Exchange) -> None:
+def _gather_equal(out: torch.Tensor, x: torch.Tensor, group: Exchange) -> None:
     out.copy_(torch.cat(group.swap(x.clone())))
 
 
@@ -53,8 +53,8 @@ def run_ranks(size: int, worker: Callable[[Group], T], monkeypatch: pytest.Monke
     """``worker(group)`` on every rank of a group of ``size``; the results in their order, or the first error."""
     if size == 1:
         return [worker(Group("cp", (0,), 0))]
-    fake = SimpleNamespace(all_to_all_single=_all_to_all_single, all_gather_into_tensor=_all_gather_into_tensor)
-    monkeypatch.setattr(collectives, "dist", fake)
+    monkeypatch.setattr(collectives, "dist", SimpleNamespace(all_to_all_single=_all_to_all_single))
+    monkeypatch.setattr(collectives, "_gather_equal", _gather_equal)
     exchange = Exchange(size)
     results: list[Any] = [None] * size
     errors: list[Exception] = []

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from folding import CONFIG, TOLERANCE, WORLD, batches
 from foldscan.models import FormatError, HybridConfig, HybridLM, load_pretrained
 from foldscan.models.files import write_json
 from foldscan.models.layouts import Native
@@ -26,8 +27,6 @@ from foldscan.parallel.world import World
 from foldscan.training import TrainConfig
 from foldscan.training.engine import Engine, LocalEngine
 from safetensors.torch import load_file
-
-from .folding import CONFIG, TOLERANCE, WORLD, batches
 
 # None is one process. Every kind of division follows another, and each ends in a file layout of its own.
 MESHES: list[dict[str, Any] | None] = [

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torchrun
 from foldscan.training.checkpoint import checkpoints
-
-from . import torchrun
 
 TIMEOUT = 30  # of a collective, in seconds; a loaded machine needs as much to start
 MESH = ["--tp", "2", "--ep", "4", "--set", f"parallel.timeout={TIMEOUT}"]

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torchrun
 from foldscan.models import load_pretrained
 from foldscan.training.checkpoint import checkpoints
 from foldscan.training.metrics import read_metrics
-
-from . import torchrun
 
 # Experts folded over tp and dp; context; two interleaved stages a rank.
 FOLDED = ["--tp", "2", "--ep", "4", "--dispatcher", "dedup"]
