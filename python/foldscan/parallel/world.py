@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import select
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,6 +18,8 @@ import torch.distributed as dist
 from foldscan.models.files import FormatError
 from foldscan.parallel.collectives import PeerError, verdict
 from foldscan.parallel.process_groups import forget
+
+LAST_WORDS = 3.0  # seconds
 
 _T = TypeVar("_T")
 _Said = tuple[type[BaseException], str]
@@ -33,6 +37,9 @@ class World:
     def __init__(self, rank: int, size: int, restarts: int = 0) -> None:
         self.rank, self.size, self.restarts = rank, size, restarts
         self.common: BaseException | None = None
+        self._over = threading.Event()
+        self._watcher: threading.Thread | None = None
+        self._handler: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -67,7 +74,33 @@ class World:
             # ones, whose addresses are still in it.
             store = dist.PrefixStore(f"foldscan/{restarts}", store)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
-        return cls(dist.get_rank(), dist.get_world_size(), restarts)
+        world = cls(dist.get_rank(), dist.get_world_size(), restarts)
+        world._watch()
+        return world
+
+    def _watch(self) -> None:
+        """Give this process a moment between torchrun's SIGTERM and its end.
+
+        torchrun ends all processes as soon as one has failed, often before the others have noticed, who know what they
+        were waiting for. A thread counts the time, since the main one may be inside of a collective.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        self._handler = signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+        def wait() -> None:
+            while not self._over.is_set():
+                ready, _, _ = select.select([read], [], [], 0.2)
+                if ready and signal.SIGTERM in os.read(read, 64):
+                    time.sleep(LAST_WORDS)
+                    os._exit(128 + signal.SIGTERM)
+            os.close(read)
+
+        self._watcher = threading.Thread(target=wait, daemon=True)
+        self._watcher.start()
 
     def together(self, work: Callable[[], None]) -> None:
         """Let the main process do something while the others wait.
@@ -143,16 +176,12 @@ class World:
     def fail(self, error: BaseException) -> None:
         """Before an error leaves this process: see that it is told, once.
 
-        torchrun ends all processes as soon as one has failed; whoever has something to say is not to be ended before it
-        is said.
-
         Raises:
             SystemExit: every process has this error, and it is the main one's to tell.
         """
         if self.size == 1:
             return
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self._watcher = None  # it goes on until the process has ended: the error is still to be told
         if error is self.common:
             with contextlib.suppress(RuntimeError):
                 dist.barrier()
@@ -161,6 +190,11 @@ class World:
 
     def close(self) -> None:
         """Leave; the processes of a run that ended well leave together."""
+        if self._watcher is not None:
+            self._over.set()
+            self._watcher.join()
+            os.close(signal.set_wakeup_fd(-1))
+            signal.signal(signal.SIGTERM, self._handler)
         if self.size > 1 and dist.is_initialized():
             # A group's threads end with its last owner. Left to the interpreter's own end, they now and then abort the
             # process; models and schedules, which own groups, are in cycles.
