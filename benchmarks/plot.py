@@ -149,6 +149,36 @@ def model_table(rows: list[dict[str, Any]], base: str) -> str:
     return "\n".join(lines)
 
 
+def _column(shape: dict[str, Any], dtype: str) -> str:
+    return " ".join(f"{name}={shape[name]}" for name in "THEK") + f" {SHORT[dtype]}"
+
+
+def megatron_table(rows: list[dict[str, Any]]) -> str:
+    """Two ranks each of Megatron-Core and ours in turns: our median, and how many times slower Megatron-Core's is."""
+    if not rows:
+        return "No results."
+    cases = by_case(rows)
+    columns = list(dict.fromkeys((shape, dtype) for _, shape, dtype, _ in cases))
+    first = rows[0]
+    lines = [
+        f"{first['device']}, {first['processes']} processes of {first['threads']} thread, forward, Megatron-Core "
+        f"{first['versions']['megatron-core']}, PyTorch {first['versions']['torch']}; our median in ms, in brackets "
+        "how many times slower Megatron-Core was in the same run (`benchmarks/megatron_core.py`, file "
+        "`benchmarks/results/megatron.jsonl`). `dedup` stands beside their all-to-all.",
+        "",
+        f"| | {' | '.join(_column(dict(shape), dtype) for shape, dtype in columns)} |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for op in dict.fromkeys(key[0] for key in cases):
+        cells = []
+        for shape, dtype in columns:
+            found = cases[op, shape, dtype, "fwd"]
+            ours, theirs = found[OURS]["p50_ms"], found["megatron-core"]["p50_ms"]
+            cells.append(f"{ours:.3g} ({theirs / ours:.2f}x)")
+        lines.append(f"| {op} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def rewrite(page: Path, marker: str, text: str, check: bool) -> bool:
     """Puts the text between the page's markers; True if it was something else."""
     begin, end = f"<!-- {marker}: begin -->", f"<!-- {marker}: end -->"
@@ -248,6 +278,7 @@ def main() -> int:
         (PERFORMANCE / "linear.md", "calls", calls_table(calls)),
         (PERFORMANCE / "models.md", "transformers", model_table(read("models.jsonl"), "transformers")),
         (PERFORMANCE / "models.md", "llama.cpp", model_table(read("llamacpp.jsonl"), "llama.cpp")),
+        (ROOT / "docs" / "parallel.md", "megatron", megatron_table(read("megatron.jsonl"))),
     ]
     for family, ops in FAMILIES.items():
         pages.append((PERFORMANCE / f"{family}.md", "operators", table([r for r in rows if r["op"] in ops])))
