@@ -148,10 +148,10 @@ void best_in_lanes(const float* value, int64_t E, float* index) {
   for (int j = 0; j < K; ++j) at[j].store(index + j * kLanes);
 }
 
-constexpr int64_t kListInLanes = 16;
+constexpr int64_t kListInLanes = kLanes < 8 ? 8 : 16;  // four lanes do not pay for longer ones
 constexpr int64_t kExpertsInLanes = 4096;  // their values take 256 KiB with 16 lanes: a share of the second-level cache
 
-// Where the lists of a block beat a scan of each of its tokens; of k values a scan compares most experts with one.
+// Where the lists of a block, k steps an expert, beat its tokens' scans, about four steps an expert and token.
 bool lists_in_lanes(const Route& p, int64_t count) {
   return p.mode.num_groups == 1 && p.k <= kListInLanes && p.E <= kExpertsInLanes && p.k <= 4 * count;
 }
