@@ -108,6 +108,54 @@ def test_ties_go_to_the_lower_expert_and_a_nan_shows() -> None:
     assert probs[0].isnan().any()
 
 
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal, and NaN in the same places."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("E", [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65])
+def test_choice_at_the_edges_of_blocks_and_lists(E: int) -> None:
+    """Many equal logits, infinities and NaN; a row has the same bits alone as anywhere in a batch."""
+    g = torch.Generator().manual_seed(E)
+    for T in (1, 4, 15, 16, 17, 33):
+        logits = torch.randint(-2, 3, (T, E), generator=g) / 2
+        logits[torch.rand(T, E, generator=g) < 0.15] = -math.inf
+        odd = logits.clone()
+        odd[torch.rand(T, E, generator=g) < 0.1] = math.nan
+        bias = torch.randint(-2, 3, (E,), generator=g) / 4
+        for k in sorted({1, 2, 3, 4, 5, 8, 9, 16, 17, E} & set(range(1, E + 1))):
+            for x, steer in ((logits, None), (logits, bias), (odd, bias)):
+                probs, experts = ops.topk_route(x, k, bias=steer)
+                value = (x if steer is None else x + steer).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+                assert torch.equal(experts, value.sort(dim=-1, descending=True, stable=True).indices[:, :k])
+                want = torch.softmax(x.double().gather(1, experts), -1)
+                assert torch.equal(probs.isnan(), want.isnan())
+                assert (probs - want).nan_to_num(0.0).abs().max() < 3e-7
+                for t in {0, T // 2, T - 1}:
+                    alone = ops.topk_route(x[t : t + 1], k, bias=steer)
+                    assert same_bits(alone[0], probs[t : t + 1])
+                    assert torch.equal(alone[1], experts[t : t + 1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_token_has_the_same_route_in_every_place(mode: dict[str, Any]) -> None:
+    logits, bias = torch.randn(53, 40, generator=torch.Generator().manual_seed(0)), torch.linspace(-0.1, 0.1, 40)
+    for k in (2, 7, 12, 20):
+        full = ops.topk_route(logits, k, bias=bias, **mode)
+        # Where all groups are chosen, all experts are scanned token by token.
+        groups = ops.topk_route(logits, k, bias=bias, num_groups=2, groups_topk=2, **mode)
+        for part in (slice(0, 1), slice(5, 22), slice(37, 53), slice(50, 53)):
+            for a, b, c in zip(full, ops.topk_route(logits[part], k, bias=bias, **mode), groups):
+                assert torch.equal(a[part], b)
+                assert torch.equal(a, c)
+
+
+def test_more_experts_than_lists_in_lanes_are_made_for() -> None:
+    logits = torch.randn(17, 4100, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ops.topk_route(logits, 3)[1], logits.topk(3).indices)
+    assert torch.equal(ops.topk_route(logits[:, :4096], 3)[1], logits[:, :4096].topk(3).indices)
+
+
 def test_bias_steers_the_choice_and_nothing_else() -> None:
     logits, bias = torch.randn(40, 8), torch.zeros(8)
     bias[3] = 10.0
@@ -222,6 +270,26 @@ def test_round_trip_and_gradients(capacity: int | None, weighted: bool, dtype: t
     for name, ours, eager, truth in zip(names, (out.detach(), x.grad, w.grad), *results):
         assert ours is not None and eager is not None and truth is not None
         assert_budget(name, ours, eager, truth)
+
+
+@pytest.mark.parametrize("H", [0, 1, 15, 16, 63, 64, 65, 130])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_copied_bit_by_bit_and_summed_in_order(dtype: torch.dtype, H: int) -> None:
+    g = torch.Generator().manual_seed(H)
+    tokens = torch.randn(9, H, generator=g).to(dtype)
+    tokens[0], tokens[1] = math.inf, -0.0
+    experts, probs = torch.randint(-1, 4, (9, 3), generator=g), torch.rand(9, 3, generator=g)
+    permuted, p = ops.permute(tokens, experts, 4, capacity=6, probs=probs, pad_to_capacity=True)
+    ints = torch.int16 if dtype == torch.bfloat16 else torch.int32
+    for r, row in enumerate(p.rows.tolist()):
+        want = torch.zeros(H, dtype=dtype) if row < 0 else tokens[row // 3]
+        assert torch.equal(permuted[r].view(ints), want.view(ints))
+    out = ops.unpermute(permuted, p)
+    for t in range(9):
+        total = torch.zeros(H)
+        for r in p.inverse[t].tolist():
+            total = total + permuted[r].float() if r >= 0 else total
+        assert torch.equal(out[t], total.to(dtype))
 
 
 def test_permuted_probs_carry_their_gradient_and_padding_changes_nothing() -> None:

@@ -12,30 +12,20 @@ namespace {
 using namespace foldscan::moe;
 
 template <class T>
-void run_gather(const Gather& p) {
-  const T* tokens = static_cast<const T*>(p.tokens);
-  T* out = static_cast<T*>(p.out);
-  parallel_for(p.R, grain_for(p.H), [&](int64_t r) {
-    const int64_t id = p.rows[r];
-    for (int64_t h = 0; h < p.H; h += kLanes)
-      store_upto(id < 0 ? VF::zero() : load_upto(tokens + id / p.k * p.H + h, p.H - h), out + r * p.H + h, p.H - h);
-  });
-}
-
-template <class T>
 void run_combine(const Combine& p) {
   const T* rows = static_cast<const T*>(p.permuted);
   T* out = static_cast<T*>(p.out);
   parallel_for(p.T, grain_for(p.H * p.k), [&](int64_t t) {
-    for (int64_t h = 0; h < p.H; h += kLanes) {
-      VF sum = VF::zero();
+    each_vector(p.H, [&](auto zero, int64_t h, int64_t n) FOLDSCAN_LAMBDA {
+      using V = decltype(zero);
+      V sum = V::zero();
       for (int64_t id = t * p.k; id < (t + 1) * p.k; ++id) {
         if (p.inverse[id] < 0) continue;
-        const VF v = load_upto(rows + p.inverse[id] * p.H + h, p.H - h);
-        sum = p.probs ? fma(VF::set(p.probs[id]), v, sum) : sum + v;
+        const V v = load_as<V>(rows + p.inverse[id] * p.H + h, n);
+        sum = p.probs ? fma(V::set(p.probs[id]), v, sum) : sum + v;
       }
-      store_upto(sum, out + t * p.H + h, p.H - h);
-    }
+      store_upto(sum, out + t * p.H + h, n);
+    });
   });
 }
 
@@ -68,7 +58,19 @@ void run_combine_backward(const CombineBackward& p) {
 
 void sort(const Sort& p) { sort_assignments(p); }
 
-void gather(const Gather& p) { p.type == DType::kF32 ? run_gather<float>(p) : run_gather<bf16>(p); }
+void gather(const Gather& p) {
+  const char* tokens = static_cast<const char*>(p.tokens);
+  char* out = static_cast<char*>(p.out);
+  const int64_t bytes = p.H * element_size(p.type);
+  parallel_for(p.R, grain_for(p.H), [&](int64_t r) {
+    const int64_t id = p.rows[r];
+    if (id < 0) {
+      std::memset(out + r * bytes, 0, static_cast<size_t>(bytes));
+    } else {
+      std::memcpy(out + r * bytes, tokens + id / p.k * bytes, static_cast<size_t>(bytes));
+    }
+  });
+}
 
 void combine(const Combine& p) { p.type == DType::kF32 ? run_combine<float>(p) : run_combine<bf16>(p); }
 

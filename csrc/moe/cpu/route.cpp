@@ -5,8 +5,12 @@
 // sigmoids, plus the bias. With groups, the experts outside of the best groups are skipped; a group's score is the sum
 // of its best k / groups_topk values. A NaN counts as the largest value, so that it shows in the result.
 //
-// FLOPs: T E (exp) + T E log-ish comparisons. Bytes: the logits once. Numerics: fp32; a softmax is shifted by its
-// maximum. Determinism: a token is one thread's work and no other token's value enters.
+// kLanes tokens are a block, one token a lane: a value sinks through the lists of all lanes by compare and exchange,
+// without a branch. Long lists, groups and a block of too few tokens are scanned token by token, where most values end
+// at the first comparison. Both choose the same, so that a token's choice does not depend on its block.
+//
+// FLOPs: T E (exp) + T E k comparisons at most. Bytes: the logits once. Numerics: fp32; a softmax is shifted by its
+// maximum. Determinism: a token is one lane's or one thread's work and no other token's value enters.
 // Sources: arXiv:2101.03961 (softmax), arXiv:2412.19437 section 2.1.2 (sigmoid, bias, groups).
 #include "core/parallel.h"
 #include "core/vmath.h"
@@ -70,18 +74,26 @@ constexpr float kSumFloor = 1e-20f;
 // Softmax over the chosen experts: also what the softmax over all gives once it is normalised.
 bool over_chosen(const RouteMode& m) { return !m.sigmoid && (!m.pre_softmax || m.normalize); }
 
-void choose(const Route& p, const float* value, int64_t* experts, float* best, int64_t* groups, float* group_best,
-            float* in_group) {
+// The k best experts of a token.
+void choose(const Route& p, const float* score, int64_t* experts) {
+  Scratch scratch;
+  float* value = scratch.get<float>(p.E);
+  float* best = scratch.get<float>(p.E);
+  for (int64_t e = 0; e < p.E; ++e) value[e] = p.bias ? score[e] + p.bias[e] : score[e];
   Best top{best, experts};
   if (p.mode.num_groups == 1) {
     for (int64_t e = 0; e < p.E; ++e) top.offer(value[e], e, p.k);
     return;
   }
+  float* group_best = scratch.get<float>(p.mode.num_groups);
+  int64_t* groups = scratch.get<int64_t>(p.mode.num_groups);
   const int64_t size = p.E / p.mode.num_groups;
   const int64_t counted = imin(size, imax(1, p.k / p.mode.groups_topk));
+  float* in_group = scratch.get<float>(counted);
+  int64_t* members = scratch.get<int64_t>(counted);
   Best chosen{group_best, groups};
   for (int64_t g = 0; g < p.mode.num_groups; ++g) {
-    Best inside{in_group, experts};
+    Best inside{in_group, members};
     for (int64_t i = 0; i < size; ++i) inside.offer(value[g * size + i], i, counted);
     float sum = 0.0f;
     for (int64_t i = 0; i < counted; ++i) sum += in_group[i];
@@ -95,44 +107,126 @@ void choose(const Route& p, const float* value, int64_t* experts, float* best, i
   }
 }
 
+// value (E, kLanes): the values of `count` tokens, given their scores (count, E).
+void values_in_lanes(const Route& p, const float* score, int64_t count, float* value) {
+  for (int64_t e = 0; e < p.E; e += kLanes) {
+    VF v[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) v[i] = i < count ? load_upto(score + i * p.E + e, p.E - e) : VF::zero();
+    transpose(v);
+    for (int64_t i = 0; i < imin(kLanes, p.E - e); ++i) {
+      const VF x = p.bias ? v[i] + VF::set(p.bias[e + i]) : v[i];
+      select(x == x, x, VF::set(kInf)).store(value + (e + i) * kLanes);
+    }
+  }
+}
+
+// index (K, kLanes): the K best of the E values of every lane, best first. Free places are NaN: they compare with
+// nothing, and vmax and vmin then give their second operand, the newcomer and the free place. Where a newcomer goes is
+// asked of itself at every place, not of what it pushed down, which stays before its equals.
+template <int K>
+void best_in_lanes(const float* value, int64_t E, float* index) {
+  VF best[K], at[K];
+#pragma GCC unroll 16
+  for (int j = 0; j < K; ++j) {
+    best[j] = VF::set(__builtin_nanf(""));
+    at[j] = VF::zero();
+  }
+  for (int64_t e = 0; e < E; ++e) {
+    const VF newcomer = VF::load(value + e * kLanes);
+    VF v = newcomer, i = VF::set(static_cast<float>(e));
+#pragma GCC unroll 16
+    for (int j = 0; j < K; ++j) {
+      const VM stays = newcomer <= best[j];
+      const VF place = best[j], holder = at[j];
+      best[j] = vmax(place, v);
+      v = vmin(v, place);
+      at[j] = select(stays, holder, i);
+      i = select(stays, i, holder);
+    }
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < K; ++j) at[j].store(index + j * kLanes);
+}
+
+constexpr int64_t kListInLanes = kLanes < 8 ? 8 : 16;  // four lanes do not pay for longer ones
+constexpr int64_t kExpertsInLanes = 4096;  // their values take 256 KiB with 16 lanes: a share of the second-level cache
+
+// Where the lists of a block, k steps an expert, beat its tokens' scans, about four steps an expert and token.
+bool lists_in_lanes(const Route& p, int64_t count) {
+  return p.mode.num_groups == 1 && p.k <= kListInLanes && p.E <= kExpertsInLanes && p.k <= 4 * count;
+}
+
+// experts (count, k): the k best experts of `count` tokens, given their scores (count, E).
+void choose_in_lanes(const Route& p, const float* score, int64_t count, int64_t* experts) {
+  Scratch scratch;
+  float* value = scratch.get<float>(p.E * kLanes);
+  float index[kListInLanes * kLanes];
+  values_in_lanes(p, score, count, value);
+  if (p.k == 1) {
+    best_in_lanes<1>(value, p.E, index);
+  } else if (p.k == 2) {
+    best_in_lanes<2>(value, p.E, index);
+  } else if (p.k <= 4) {
+    best_in_lanes<4>(value, p.E, index);
+  } else if (p.k <= 8) {
+    best_in_lanes<8>(value, p.E, index);
+  } else {
+    best_in_lanes<kListInLanes>(value, p.E, index);
+  }
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < p.k; ++j) experts[i * p.k + j] = static_cast<int64_t>(index[j * kLanes + i]);
+}
+
+// probs (count, k) of the chosen experts; a sum is taken in the order of the slots.
+void weigh(const Route& p, const float* score, int64_t count, const int64_t* experts, float* probs) {
+  Scratch scratch;
+  float* x = scratch.get<float>(p.k * kLanes);
+  for (int64_t j = 0; j < p.k; ++j) {
+    for (int64_t i = 0; i < kLanes; ++i) x[j * kLanes + i] = i < count ? score[i * p.E + experts[i * p.k + j]] : 0.0f;
+  }
+  const VF scale = VF::set(p.mode.scaling);
+  const bool softmax = over_chosen(p.mode);
+  VF sum = VF::set(softmax || !p.mode.normalize ? 0.0f : kSumFloor), top = VF::set(-kInf);
+  if (softmax)
+    for (int64_t j = 0; j < p.k; ++j) top = vmax(top, VF::load(x + j * kLanes));
+  for (int64_t j = 0; j < p.k; ++j) {
+    VF v = VF::load(x + j * kLanes);
+    if (softmax) v = vexp_neg(v - top);
+    sum = sum + v;
+    v.store(x + j * kLanes);
+  }
+  for (int64_t j = 0; j < p.k; ++j) {
+    const VF v = VF::load(x + j * kLanes);
+    (scale * (softmax || p.mode.normalize ? v / sum : v)).store(x + j * kLanes);
+  }
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < p.k; ++j) probs[i * p.k + j] = x[j * kLanes + i];
+}
+
 }  // namespace
 
 void route(const Route& p) {
-  parallel_for(p.T, grain_for(p.E * 16), [&](int64_t t) {
+  parallel_for(ceil_div(p.T, kLanes), grain_for(p.E * 8 * kLanes), [&](int64_t block) {
     Scratch scratch;
-    const float* logits = p.logits + t * p.E;
-    float* score = scratch.get<float>(p.E);
-    float* value = scratch.get<float>(p.E);
-    float* best = scratch.get<float>(p.E);
-    float* group_best = scratch.get<float>(p.mode.num_groups);
-    float* in_group = scratch.get<float>(p.E);
-    int64_t* chosen = scratch.get<int64_t>(p.E);
-    int64_t* groups = scratch.get<int64_t>(p.mode.num_groups);
-    if (p.mode.sigmoid) {
-      sigmoid(logits, p.E, score);
-    } else if (p.mode.pre_softmax) {
-      softmax(logits, p.E, score);
+    const int64_t first = block * kLanes, count = imin(kLanes, p.T - first);
+    const float* logits = p.logits + first * p.E;
+    const float* score = logits;
+    int64_t* experts = p.experts + first * p.k;
+    if (p.mode.sigmoid || p.mode.pre_softmax) {
+      float* of_logits = scratch.get<float>(count * p.E);
+      if (p.mode.sigmoid) {
+        sigmoid(logits, count * p.E, of_logits);
+      } else {
+        for (int64_t i = 0; i < count; ++i) softmax(logits + i * p.E, p.E, of_logits + i * p.E);
+      }
+      score = of_logits;
+    }
+    if (lists_in_lanes(p, count)) {
+      choose_in_lanes(p, score, count, experts);
     } else {
-      for (int64_t e = 0; e < p.E; ++e) score[e] = logits[e];
+      for (int64_t i = 0; i < count; ++i) choose(p, score + i * p.E, experts + i * p.k);
     }
-    for (int64_t e = 0; e < p.E; ++e) value[e] = p.bias ? score[e] + p.bias[e] : score[e];
-    choose(p, value, chosen, best, groups, group_best, in_group);
-
-    float* probs = p.probs + t * p.k;
-    const bool softmax_chosen = over_chosen(p.mode);
-    for (int64_t j = 0; j < p.k; ++j) {
-      p.experts[t * p.k + j] = chosen[j];
-      probs[j] = softmax_chosen ? logits[chosen[j]] : score[chosen[j]];
-    }
-    float scale = p.mode.scaling;
-    if (softmax_chosen) {
-      softmax(probs, p.k, probs);
-    } else if (p.mode.normalize) {
-      float sum = kSumFloor;
-      for (int64_t j = 0; j < p.k; ++j) sum += probs[j];
-      for (int64_t j = 0; j < p.k; ++j) probs[j] /= sum;
-    }
-    for (int64_t j = 0; j < p.k; ++j) probs[j] *= scale;
+    weigh(p, over_chosen(p.mode) ? logits : score, count, experts, p.probs + first * p.k);
   });
 }
 

@@ -19,9 +19,6 @@ from foldscan.ops import Permutation
 from foldscan.parallel import collectives
 from foldscan.parallel.groups import Group
 
-# The C library maps blocks of this size anew each time, page by page; those of the kernels come from a pool.
-_MAPPED = 32 << 20
-
 
 class Link(Protocol):
     """``label`` names the rows in the count of bytes."""
@@ -48,12 +45,9 @@ def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     Args:
         x: (R, H). index: (N,) int64.
     """
-    if x.shape[0] == 0 or index.shape[0] * x.shape[1] * x.element_size() >= _MAPPED:
+    if x.shape[0] == 0 or not x.is_cuda:
         return add_rows(x, index[:, None])
-    padding = index < 0
-    if not x.is_cuda and not bool(padding.any()):
-        return x.index_select(0, index)
-    return x.index_select(0, index.clamp(min=0)).masked_fill_(padding[:, None], 0)
+    return x.index_select(0, index.clamp(min=0)).masked_fill_((index < 0)[:, None], 0)
 
 
 def sort_rows(keys: torch.Tensor, groups: int, capacity: int | None = None) -> Permutation:
