@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 from datetime import timedelta
 from math import prod
 from typing import TYPE_CHECKING
@@ -87,6 +89,15 @@ def _process_group(ranks: tuple[tuple[int, ...], ...], timeout: float | None) ->
         _world = dist.group.WORLD
     key = ranks, timeout
     if key not in _known:
+        # A group's threads end with its last owner. Left to the interpreter's own end, they now and then abort a
+        # process that is done; the models and schedules that own groups, too, are in cycles.
+        atexit.unregister(_end)
+        atexit.register(_end)
         limit = None if timeout is None else timedelta(seconds=timeout)
         _known[key], _ = dist.new_subgroups_by_enumeration([list(group) for group in ranks], timeout=limit)
     return _known[key]
+
+
+def _end() -> None:
+    forget()
+    gc.collect()
