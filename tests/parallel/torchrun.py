@@ -9,22 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from foldscan.data import Tokenizer, write_token_file
 from foldscan.models import HybridConfig
 from foldscan.models.pieces import PieceFolder
 from foldscan.training import TrainConfig
 from foldscan.training.checkpoint import checkpoints
+from training import small_run  # tests/ is on the path: see tests/conftest.py
 
 RANKS = 4
-TEXTS = [f"def f{i}(x):\n    return x * {i} + {i * i}\n" * (1 + i % 7) for i in range(60)]
 
 
 def write_data(folder: Path) -> Path:
-    """Token files of raw bytes and their tokenizer."""
-    tokenizer = Tokenizer.raw_bytes()
-    tokenizer.save(folder / "tokenizer.json")
-    write_token_file(folder / "train.tokens", TEXTS[:50], tokenizer)
-    write_token_file(folder / "valid.tokens", TEXTS[50:], tokenizer)
+    """The made-up text of the tests of one process."""
+    small_run.write_data(folder)
     return folder
 
 
